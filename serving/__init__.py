@@ -1,0 +1,1 @@
+"""HTTP, text, configuration and the command line."""

@@ -1,0 +1,1 @@
+"""Model files, tensors, layers and bytes: everything that one stage computes."""

@@ -1,0 +1,1 @@
+"""The arithmetic of a decoder: families, weights, attention, KV pages, sampling."""
