@@ -59,7 +59,8 @@ class Segment(msgspec.Struct, frozen=True):
     """A run of one request's tokens at positions `[start, start + len(tokens))`.
 
     `sample`: draw the token that follows the last of them. `targets`: score `targets[i]` as the
-    successor of `tokens[i]` (prompt log-probabilities); empty to score nothing.
+    successor of `tokens[i]` (prompt log-probabilities), with so many `alternatives` each; empty to
+    score nothing.
     """
 
     request: int
@@ -67,6 +68,7 @@ class Segment(msgspec.Struct, frozen=True):
     tokens: list[int]
     sample: bool = False
     targets: list[int] = []
+    alternatives: int = 0
 
 
 class Batch(msgspec.Struct, frozen=True):
@@ -98,11 +100,15 @@ class Choice(msgspec.Struct, frozen=True):
 
 
 class SegmentResult(msgspec.Struct, frozen=True):
-    """What the last stage found for one segment: the drawn token, and a score per target."""
+    """What the last stage found for one segment: the drawn token, and a score per target.
+
+    `error`: why this request cannot go on (its logits are not finite); the others of the batch can.
+    """
 
     request: int
     drawn: Choice | None = None
     scores: list[Choice] = []
+    error: str | None = None
 
 
 class Result(msgspec.Struct, frozen=True):

@@ -1,0 +1,242 @@
+"""The engine: one thread that keeps a pipeline busy with the scheduler's steps, and comes back when
+it breaks.
+
+A facade: `submit`, `generate`, `cancel`, `status`, `stats`. Its loop is three lines: schedule, run,
+apply. It knows no Ray: a `StageSource` brings stages up, in this process or elsewhere. Requests are
+lost with the pipeline; the engine is not.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from actors.pipeline import Pipeline
+from actors.recovery import wait_before
+from actors.request import Event, GenerateRequest, Sink
+from actors.scheduler import Limits, Scheduler
+from actors.stats import EngineStats, EngineStatus, StageStats
+from sharding.batch import Batch, Result
+from sharding.errors import LongspanError, PipelineError, UnavailableError
+
+log = logging.getLogger("longspan.engine")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A pipeline that is ready, and what it can hold."""
+
+    pipeline: Pipeline
+    limits: Limits
+    epoch: int
+
+
+class StageSource(Protocol):
+    """Where stages come from. Called on the engine's thread, but `close`, which may come from
+    any."""
+
+    def open(self, report: Callable[[float, str], None]) -> Opened:
+        """Load all stages; `report` hears the share loaded and a line for people."""
+
+    def repair(self, report: Callable[[float, str], None]) -> Opened:
+        """Replace what died and join the stages anew. Raises `LongspanError` when that fails."""
+
+    def stats(self) -> list[StageStats]:
+        """What each stage holds now."""
+
+    def close(self) -> None:
+        """End the stages."""
+
+
+class Engine:
+    """Runs requests over one pipeline. Thread-safe."""
+
+    def __init__(self, source: StageSource) -> None:
+        self._source = source
+        self._lock = threading.Lock()
+        self._status = EngineStatus("loading")
+        self._scheduler: Scheduler | None = None
+        self._pipeline: Pipeline | None = None
+        self._epoch = 0
+        self._in_flight: deque[Batch] = deque()
+        self._stopping = threading.Event()
+        self._settled = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="longspan-engine", daemon=True)
+
+    def start(self) -> None:
+        """Begin loading; `status` tells how far it is."""
+        self._thread.start()
+
+    def wait_ready(self) -> None:
+        """Block until the engine serves. Raises `UnavailableError` with the reason if it cannot."""
+        self._settled.wait()
+        status = self.status()
+        if status.state != "ready":
+            raise UnavailableError(status.detail)
+
+    def submit(self, request: GenerateRequest, sink: Sink) -> None:
+        """Take a request on; `sink` hears an empty event at once, then its progress.
+
+        Raises `UnavailableError`, `BusyError` or `ContextLengthError`.
+        """
+        with self._lock:
+            if self._status.state != "ready" or self._scheduler is None:
+                raise UnavailableError(f"the engine is {self._status.state}; try again later")
+            self._scheduler.submit(request, sink)
+            self._wake()
+
+    def cancel(self, request_id: str) -> None:
+        """Stop a request and free its pages on every stage; no event follows. Unknown ids are
+        fine."""
+        with self._lock:
+            if self._scheduler is not None:
+                self._scheduler.cancel(request_id)
+            self._wake()
+
+    def generate(self, request: GenerateRequest) -> Iterator[Event]:
+        """Submit and iterate over the events; closing the iterator cancels."""
+        events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self.submit(request, events.put)
+        try:
+            while True:
+                event = events.get()
+                yield event
+                if event.last:
+                    return
+        finally:
+            self.cancel(request.request_id)
+
+    def status(self) -> EngineStatus:
+        """Whether it serves."""
+        with self._lock:
+            return self._status
+
+    def stats(self) -> EngineStats:
+        """The books, with the stages' own."""
+        stages = self._source.stats() if self.status().state == "ready" else []
+        with self._lock:
+            scheduler = self._scheduler
+            if scheduler is None:
+                return EngineStats(epoch=self._epoch)
+            return EngineStats(
+                epoch=self._epoch,
+                waiting=scheduler.waiting,
+                running=scheduler.running,
+                pages=scheduler.pool.pages,
+                pages_free=scheduler.pool.free,
+                steps=scheduler.steps,
+                prompt_tokens=scheduler.prompt_tokens,
+                drawn_tokens=scheduler.drawn_tokens,
+                in_flight=len(self._in_flight),
+                context=scheduler.limits.most_tokens,
+                stages=stages,
+            )
+
+    def close(self) -> None:
+        """Fail what runs, end the thread and the stages."""
+        self._stopping.set()
+        with self._lock:
+            self._wake()
+        if self._thread.is_alive():
+            self._thread.join()
+        self._source.close()
+
+    def _wake(self) -> None:
+        if self._pipeline is not None:
+            self._pipeline.wake()
+
+    def _run(self) -> None:
+        opening = self._source.open
+        while not self._stopping.is_set():
+            opened = self._open_with_patience(opening)
+            if opened is None:
+                break
+            try:
+                self._serve(opened.pipeline)
+            except PipelineError as error:
+                log.warning("the pipeline broke, repairing: %s", error)
+                self._lose(f"the engine lost its pipeline and is repairing: {error}")
+            finally:
+                self._detach(opened.pipeline)
+            opening = self._source.repair
+        self._lose("the engine is shutting down")
+
+    def _open_with_patience(
+        self, opening: Callable[[Callable[[float, str], None]], Opened]
+    ) -> Opened | None:
+        """A working pipeline, or None after the last try; the reason is then in the status."""
+        tries = 0
+        while (wait_s := wait_before(tries)) is not None and not self._stopping.wait(wait_s):
+            try:
+                opened = opening(self._report)
+            except PipelineError as error:
+                log.warning("try %d to open the pipeline failed: %s", tries + 1, error)
+                reason, tries = str(error), tries + 1
+            except LongspanError as error:
+                reason = str(error)
+                break
+            else:
+                self._attach(opened)
+                return opened
+        else:
+            reason = "shutting down" if self._stopping.is_set() else reason
+        log.error("the engine gave up: %s", reason)
+        with self._lock:
+            self._status = EngineStatus("failed", detail=reason)
+        self._settled.set()
+        return None
+
+    def _report(self, share: float, detail: str) -> None:
+        with self._lock:
+            state = "repairing" if self._status.state == "repairing" else "loading"
+            self._status = EngineStatus(state, share, detail)
+
+    def _attach(self, opened: Opened) -> None:
+        with self._lock:
+            self._pipeline, self._epoch = opened.pipeline, opened.epoch
+            self._scheduler = self._scheduler or Scheduler(opened.limits)
+            self._status = EngineStatus("ready", 1.0, context=opened.limits.most_tokens)
+        self._settled.set()
+
+    def _detach(self, pipeline: Pipeline) -> None:
+        with self._lock:
+            self._pipeline = None
+        pipeline.close()
+
+    def _lose(self, message: str) -> None:
+        """Every request ends with an error event."""
+        with self._lock:
+            if self._status.state == "ready":
+                self._status = EngineStatus("repairing", detail=message)
+            self._in_flight.clear()
+            if self._scheduler is not None:
+                self._scheduler.fail_all(message)
+
+    def _serve(self, pipeline: Pipeline) -> None:
+        while not self._stopping.is_set():
+            while len(self._in_flight) < pipeline.depth and (batch := self._schedule()):
+                pipeline.send(batch)
+            result = pipeline.receive(timeout_s=None)
+            if result is not None:
+                self._apply(result)
+
+    def _schedule(self) -> Batch | None:
+        with self._lock:
+            assert self._scheduler is not None, "attached without a scheduler"
+            batch = self._scheduler.next_step()
+            if batch is not None:
+                self._in_flight.append(batch)
+            return batch
+
+    def _apply(self, result: Result) -> None:
+        with self._lock:
+            assert self._scheduler is not None, "attached without a scheduler"
+            batch = self._in_flight.popleft()
+            if result.step != batch.step:
+                raise PipelineError(f"the result of step {result.step} came for step {batch.step}")
+            self._scheduler.apply(batch, result)

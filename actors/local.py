@@ -1,0 +1,105 @@
+"""Stages of this process, for `longspan generate`, benchmarks and tests: the same engine without
+Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from actors.engine import Opened
+from actors.pipeline import LocalPipeline
+from actors.scheduler import Limits
+from actors.stats import StageStats
+from sharding.batch import PAGE_SLOTS
+from sharding.gguf.reader import GGUFFile
+from sharding.model_plan import ModelPlan
+from sharding.planner import Plan
+from sharding.stage_spec import StageSpec
+
+if TYPE_CHECKING:
+    from sharding.stage import Stage
+
+
+class LocalStages:
+    """A `StageSource` of in-process stages."""
+
+    def __init__(
+        self, model: Path | GGUFFile, plan: ModelPlan, kernels: str, max_waiting: int = 256
+    ) -> None:
+        self._model = model
+        self._plan = plan
+        self._kernels = kernels
+        self._max_waiting = max_waiting
+        self.stages: list[Stage] = []
+
+    def open(self, report: Callable[[float, str], None]) -> Opened:
+        """Load stage after stage."""
+        if isinstance(self._model, GGUFFile):
+            self._load(self._model, report)
+        else:
+            with GGUFFile.open(self._model) as file:
+                self._load(file, report)
+        return Opened(LocalPipeline(self.stages), plan_limits(self._plan, self._max_waiting), 0)
+
+    def _load(self, file: GGUFFile, report: Callable[[float, str], None]) -> None:
+        # Here, so that whoever only needs a plan does not wait for torch.
+        from sharding.stage import Stage
+
+        specs = stage_specs(str(file.paths[0]), self._plan.plan, self._kernels)
+        for number, spec in enumerate(specs):
+
+            def share(done: float, number: int = number) -> None:
+                report((number + done) / len(specs), f"loading stage {number} of {len(specs)}")
+
+            self.stages.append(Stage(spec, file, share))
+
+    def repair(self, report: Callable[[float, str], None]) -> Opened:
+        """Start afresh: nothing here dies alone, but a step may have failed half-way."""
+        for stage in self.stages:
+            stage.reset()
+        return Opened(LocalPipeline(self.stages), plan_limits(self._plan, self._max_waiting), 0)
+
+    def stats(self) -> list[StageStats]:
+        """What each stage holds."""
+        return [
+            describe_stage(number, stage, "this process", "cpu")
+            for number, stage in enumerate(self.stages)
+        ]
+
+    def close(self) -> None:
+        """Let go of weights and KV."""
+        self.stages.clear()
+
+
+def stage_specs(model: str, plan: Plan, kernels: str) -> list[StageSpec]:
+    """One spec for each stage of a plan."""
+    pages = plan.kv_tokens // PAGE_SLOTS
+    return [
+        StageSpec(model, stage.layers.start, stage.layers.stop, pages, kernels)
+        for stage in plan.stages
+    ]
+
+
+def plan_limits(planned: ModelPlan, max_waiting: int) -> Limits:
+    """What the scheduler may count on under a plan."""
+    return Limits(
+        context=planned.context,
+        pages=planned.plan.kv_tokens // PAGE_SLOTS,
+        in_flight=len(planned.plan.stages),
+        max_waiting=max_waiting,
+    )
+
+
+def describe_stage(number: int, stage: Stage, node: str, device: str) -> StageStats:
+    """A stage's books."""
+    return StageStats(
+        stage=number,
+        node=node,
+        device=device,
+        layers=(stage.spec.start, stage.spec.stop),
+        weights_bytes=stage.weights_bytes,
+        kv_bytes=stage.kv_bytes,
+        kv_tokens=stage.spec.pages * PAGE_SLOTS,
+        pages_used=stage.pages_used,
+    )

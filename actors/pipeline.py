@@ -1,0 +1,194 @@
+"""Stages as the engine sees them: batches in at the front, results out at the back, in order.
+
+`LocalPipeline` runs stages of this process one after the other; `SocketPipeline` talks to stages
+elsewhere over two edges. Both hold `depth` batches in flight, so that the scheduler decides alike
+over either. Not here: how stages come to be (`placement.py`) and what happens when they die
+(`recovery.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import selectors
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+import msgspec
+
+from sharding.batch import Batch, Result
+from sharding.errors import ProtocolError, StageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from actors.transport import Edge
+    from sharding.stage import Stage
+
+
+class Pipeline(Protocol):
+    """What the engine needs. Only `wake` may be called from another thread."""
+
+    depth: int
+
+    def send(self, batch: Batch) -> None:
+        """Put a batch in flight. Raises `PipelineError` when the pipeline broke."""
+
+    def receive(self, timeout_s: float | None) -> Result | None:
+        """The next result, in the order of sending; None after the timeout or a `wake`.
+
+        Raises `PipelineError` when the pipeline broke: all in flight is lost.
+        """
+
+    def wake(self) -> None:
+        """Make a `receive` that waits return at once."""
+
+    def close(self) -> None:
+        """Let go of the stages."""
+
+
+ENVELOPE, RESULT = 2, 3
+"""Kinds of frames between stages; 1 is the transport's own greeting."""
+
+
+class Envelope(msgspec.Struct, frozen=True):
+    """What a stage passes on beside hidden states: the batch, each stage's seconds, a failure so
+    far."""
+
+    batch: Batch
+    stage_s: list[float] = []
+    error: str | None = None
+
+
+def forward_envelope(
+    stage: Stage, envelope: Envelope, hidden: torch.Tensor | None
+) -> tuple[torch.Tensor | None, Envelope | Result]:
+    """Run one stage's part of a batch.
+
+    Answers (hidden states, envelope) for the next stage or (None, result) from the last. After a
+    failure the later stages still keep their books, so that openings and closings are never lost.
+    """
+    begin = time.perf_counter()
+    error, output = envelope.error, None
+    try:
+        if error is None:
+            output = stage.forward(envelope.batch, hidden)
+        else:
+            stage.apply_books(envelope.batch)
+    except StageError as failure:
+        error = str(failure)
+    spent = [*envelope.stage_s, time.perf_counter() - begin]
+    if not stage.is_last:
+        passed = Envelope(envelope.batch, spent, error)
+        return (None if output is None else output.hidden_TI), passed
+    segments = [] if output is None else output.segments
+    return None, Result(envelope.batch.step, segments, spent, error)
+
+
+class LocalPipeline:
+    """Stages of this process. `receive` computes the oldest batch in flight on the caller's
+    thread."""
+
+    def __init__(self, stages: Sequence[Stage]) -> None:
+        self.depth = len(stages)
+        self._stages = stages
+        self._sent: deque[Batch] = deque()
+        self._woken = threading.Event()
+
+    def send(self, batch: Batch) -> None:
+        """Queue the batch."""
+        self._sent.append(batch)
+
+    def receive(self, timeout_s: float | None) -> Result | None:
+        """Run the oldest batch through all stages, or wait for a `wake`."""
+        if not self._sent:
+            self._woken.wait(timeout_s)
+            self._woken.clear()
+            return None
+        passed: Envelope | Result = Envelope(self._sent.popleft())
+        hidden = None
+        for stage in self._stages:
+            assert isinstance(passed, Envelope), "only the last stage has results"
+            hidden, passed = forward_envelope(stage, passed, hidden)
+        assert isinstance(passed, Result), "the last stage is missing"
+        return passed
+
+    def wake(self) -> None:
+        """End a wait."""
+        self._woken.set()
+
+    def close(self) -> None:
+        """Nothing to let go of: the stages die with their last reference."""
+
+
+class SocketPipeline:
+    """Stages behind two edges: `front` leads into the first stage, `back` comes from the last."""
+
+    def __init__(self, front: Edge, back: Edge, stages: int) -> None:
+        # One more than the stages can work on, so that none waits for the engine's round trip.
+        self.depth = stages + 1
+        self._front, self._back = front, back
+        self._woken, self._waker = socket.socketpair()
+        self._waker.setblocking(False)
+        self._selector = selectors.DefaultSelector()
+        for end in (self._back, self._front, self._woken):
+            self._selector.register(end, selectors.EVENT_READ)
+
+    def send(self, batch: Batch) -> None:
+        """Send the batch to the first stage."""
+        self._front.send(ENVELOPE, batch.step, msgspec.msgpack.encode(Envelope(batch)))
+
+    def receive(self, timeout_s: float | None) -> Result | None:
+        """Wait for the last stage's answer. The front edge only ever tells that its stage died."""
+        ready = [key.fileobj for key, _ in self._selector.select(timeout_s)]
+        if self._woken in ready:
+            self._woken.recv(4096)
+        if self._back in ready:
+            return decode(self._back.receive().meta, Result)
+        if self._front in ready:
+            self._front.receive()
+            raise ProtocolError("the first stage sent a frame backwards")
+        return None
+
+    def wake(self) -> None:
+        """End a wait; a full pipe means that one is on its way already."""
+        with contextlib.suppress(BlockingIOError):
+            self._waker.send(b".")
+
+    def close(self) -> None:
+        """Close both edges: every stage sees end of file, one after the other."""
+        self._selector.close()
+        for end in (self._front, self._back, self._woken, self._waker):
+            end.close()
+
+
+def serve_stage(stage: Stage, upstream: Edge, downstream: Edge) -> None:
+    """Work for the pipeline until an edge ends: then close the other, so that all neighbours learn
+    of it.
+
+    Raises `PipelineError`; it never returns.
+    """
+    try:
+        while True:
+            frame = upstream.receive()
+            envelope = decode(frame.meta, Envelope)
+            hidden, passed = forward_envelope(stage, envelope, frame.hidden)
+            kind = RESULT if isinstance(passed, Result) else ENVELOPE
+            downstream.send(kind, frame.step, msgspec.msgpack.encode(passed), hidden)
+    finally:
+        upstream.close()
+        downstream.close()
+
+
+Message = TypeVar("Message")
+
+
+def decode(meta: bytes, kind: type[Message]) -> Message:
+    """The meta part of a frame. Raises `ProtocolError`."""
+    try:
+        return msgspec.msgpack.decode(meta, type=kind)
+    except msgspec.DecodeError as error:
+        raise ProtocolError(f"a frame's meta part is no {kind.__name__}: {error}") from error

@@ -1,0 +1,220 @@
+"""From a plan to running stages on Ray: placement group, actors, loading, joining, replacing the
+dead.
+
+The only file that asks Ray for anything (beside the actor's own shell). Ray's exceptions become
+ours here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from actors.engine import Opened
+from actors.local import plan_limits, stage_specs
+from actors.pipeline import SocketPipeline
+from actors.recovery import plan_repair
+from actors.stage_actor import JOIN_TIMEOUT_S, Joint, NodeFacts, RemoteStage
+from actors.stats import StageStats
+from actors.transport import Listener, connect
+from sharding.errors import DoesNotFitError, LongspanError, PeerLostError, PipelineError, StageError
+from sharding.gguf.reader import GGUFFile
+from sharding.model_plan import ModelPlan, Wanted, plan_model
+from sharding.planner import Device
+from sharding.stage_spec import StageSpec
+
+_PLACE_TIMEOUT_S = 60.0
+_CALL_TIMEOUT_S = 60.0
+_PING_TIMEOUT_S = 5.0
+_POLL_S = 0.2
+
+# Share of a node's free memory that stages may plan with: the rest is for Ray, Serve and the
+# system.
+_MEMORY_SHARE = 0.8
+
+
+@dataclass(frozen=True)
+class PlacementConfig:
+    """What to place. None means: decide from the cluster and the model (threads per stage,
+    tokens)."""
+
+    model: Path
+    stages: int
+    wanted: Wanted
+    threads: int | None = None
+    max_waiting: int = 256
+
+
+class RayStages:
+    """A `StageSource` of Ray actors, one a stage. They die with the process that placed them."""
+
+    def __init__(self, config: PlacementConfig) -> None:
+        self._config = config
+        self._epoch = 0
+        self._group: PlacementGroup | None = None
+        self._actors: list[ActorHandle] = []
+        self._facts: list[NodeFacts] = []
+        self._specs: list[StageSpec] = []
+        self._plan: ModelPlan | None = None
+        self._threads = 1
+
+    def open(self, report: Callable[[float, str], None]) -> Opened:
+        """Place, plan by what is free where the actors landed, load, join."""
+        self.close()
+        config = self._config
+        report(0.0, f"placing {config.stages} stages")
+        self._threads = config.threads or threads_per_stage(_cpus_per_node(), config.stages)
+        self._group = _place(config.stages, self._threads)
+        self._actors = [self._start(stage) for stage in range(config.stages)]
+        self._facts = _get([actor.facts.remote() for actor in self._actors], "asking the nodes")
+        with GGUFFile.open(config.model) as file:
+            self._plan = plan_model(file, devices_of(self._facts), config.wanted)
+        self._specs = stage_specs(str(config.model), self._plan.plan, config.wanted.kernels)
+        self._load(range(config.stages), report)
+        return self._join(0)
+
+    def repair(self, report: Callable[[float, str], None]) -> Opened:
+        """Replace the stages that died and join all in a new epoch."""
+        if not self._specs:
+            return self.open(report)
+        repair = plan_repair(self._epoch, [_alive(actor) for actor in self._actors])
+        for stage in repair.replace:
+            self._actors[stage] = self._start(stage)
+            facts = _get([self._actors[stage].facts.remote()], f"asking stage {stage}")
+            self._facts[stage] = facts[0]
+        self._load(repair.replace, report)
+        return self._join(repair.epoch)
+
+    def _start(self, stage: int) -> ActorHandle:
+        options = RemoteStage.options(
+            num_cpus=self._threads,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                self._group, placement_group_bundle_index=stage
+            ),
+        )
+        return options.remote(stage, self._threads)
+
+    def _load(self, stages: Sequence[int], report: Callable[[float, str], None]) -> None:
+        pending = [self._actors[stage].load.remote(self._specs[stage]) for stage in stages]
+        loads = list(pending)
+        while pending:
+            _, pending = ray.wait(pending, num_returns=len(pending), timeout=_POLL_S)
+            asked = [self._actors[stage].progress.remote() for stage in stages]
+            shares = _get(asked, "watching the stages load")
+            report(sum(shares) / len(shares), f"loading {len(loads)} stages")
+        _get(loads, "loading")
+
+    def _join(self, epoch: int) -> Opened:
+        """All listen before any connects, so that nobody has to wait for a neighbour."""
+        assert self._plan is not None, "joined before it was planned"
+        self._epoch = epoch
+        nodes = [facts.node_id for facts in self._facts]
+        here = ray.get_runtime_context().get_node_id()
+        before = [here, *nodes[:-1]]
+        over_tcp = [node != upstream for node, upstream in zip(nodes, before, strict=True)]
+        secret = secrets.token_bytes(32)
+        addresses = _get(
+            [actor.listen.remote(tcp) for actor, tcp in zip(self._actors, over_tcp, strict=True)],
+            "opening the edges",
+        )
+        back = Listener(None if nodes[-1] == here else ray.util.get_node_ip_address())
+        try:
+            downstream = [*addresses[1:], back.address]
+            joints = [Joint(epoch, secret, address) for address in downstream]
+            calls = zip(self._actors, joints, strict=True)
+            _get([actor.join.remote(joint) for actor, joint in calls], "joining the stages")
+            front = connect(addresses[0], secret, epoch)
+            last = back.accept(secret, epoch, JOIN_TIMEOUT_S)
+        finally:
+            back.close()
+        pipeline = SocketPipeline(front, last, len(self._actors))
+        return Opened(pipeline, plan_limits(self._plan, self._config.max_waiting), epoch)
+
+    def stats(self) -> list[StageStats]:
+        """What each stage holds; empty while one cannot answer."""
+        try:
+            return _get([actor.stats.remote() for actor in self._actors], "asking for statistics")
+        except PipelineError:
+            return []
+
+    def close(self) -> None:
+        """End the actors and give their resources back."""
+        for actor in self._actors:
+            ray.kill(actor)
+        self._actors = []
+        if self._group is not None:
+            remove_placement_group(self._group)
+            self._group = None
+
+
+def threads_per_stage(cpus_per_node: Sequence[int], stages: int) -> int:
+    """The most threads so that all stages find room, each on one node; 1 if cores are fewer."""
+    for threads in range(max(cpus_per_node, default=1), 1, -1):
+        if sum(cpus // threads for cpus in cpus_per_node) >= stages:
+            return threads
+    return 1
+
+
+def devices_of(facts: Sequence[NodeFacts]) -> list[Device]:
+    """Each stage's device: an equal part of the memory that is free on its node."""
+    sharing = Counter(fact.node_id for fact in facts)
+    return [
+        Device(f"cpu on {fact.host}", int(fact.free_bytes * _MEMORY_SHARE) // sharing[fact.node_id])
+        for fact in facts
+    ]
+
+
+def _cpus_per_node() -> list[int]:
+    return [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+
+
+def _place(stages: int, threads: int) -> PlacementGroup:
+    group = placement_group([{"CPU": threads}] * stages, strategy="PACK")
+    if not group.wait(_PLACE_TIMEOUT_S):
+        remove_placement_group(group)
+        free = ray.available_resources().get("CPU", 0)
+        raise DoesNotFitError(
+            f"{stages} stages of {threads} CPUs each found no place in {_PLACE_TIMEOUT_S:.0f} s: "
+            f"{free:.0f} CPUs are free; use fewer --stages or --threads, or add nodes",
+            max_context=0,
+        )
+    return group
+
+
+def _alive(actor: ActorHandle) -> bool:
+    try:
+        _get([actor.progress.remote()], "looking for survivors", _PING_TIMEOUT_S)
+    except PipelineError:
+        ray.kill(actor)
+        return False
+    return True
+
+
+def _get(refs: Sequence[Any], doing: str, timeout_s: float = _CALL_TIMEOUT_S) -> list[Any]:
+    with _ray_errors(doing):
+        return list(ray.get(list(refs), timeout=timeout_s))
+
+
+@contextlib.contextmanager
+def _ray_errors(doing: str) -> Iterator[None]:
+    try:
+        yield
+    except RayActorError as error:
+        raise PeerLostError(f"{doing}: a stage died: {error}") from error
+    except GetTimeoutError as error:
+        raise PeerLostError(f"{doing}: a stage does not answer") from error
+    except RayTaskError as error:
+        if isinstance(error.cause, LongspanError):
+            raise error.cause from None
+        raise StageError(f"{doing}: {error.cause!r}") from error

@@ -1,0 +1,252 @@
+"""What the pipeline does next: pure decisions over requests, pages and results.
+
+The engine calls `next_step` while the pipeline has room and `apply` for each result; in between
+requests come (`submit`) and go (`cancel`). No clock, no threads, no tensors: the same calls give
+the same steps.
+
+A request waits until KV for prompt and answer is reserved on all stages, then its prompt enters in
+chunks (several may be in flight: chunk k+1 needs nothing back from chunk k), then it has one token
+in flight at a time.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from actors.pages import PagePool
+from actors.request import LENGTH, STOP, Event, GenerateRequest, Sink
+from sharding.batch import (
+    MAX_CHUNK,
+    PAGE_SLOTS,
+    Batch,
+    Opened,
+    Result,
+    Segment,
+    SegmentResult,
+)
+from sharding.errors import BusyError, ContextLengthError
+
+
+@dataclass(eq=False)
+class _Running:
+    """A request with its drawn tokens. `sent` tokens of prompt and answer entered the pipeline."""
+
+    number: int
+    request: GenerateRequest
+    sink: Sink
+    drawn: list[int] = field(default_factory=list)
+    sent: int = 0
+    done: int = 0
+
+    @property
+    def prefilling(self) -> bool:
+        return self.sent < len(self.request.prompt)
+
+    @property
+    def decodable(self) -> bool:
+        """Its newest token was drawn and has not entered the pipeline yet."""
+        return bool(self.drawn) and self.sent < len(self.request.prompt) + len(self.drawn)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """`context`: most tokens of one request. `pages`: KV capacity. `in_flight`: batches the
+    pipeline holds."""
+
+    context: int
+    pages: int
+    in_flight: int
+    max_waiting: int = 256
+    chunk: int = MAX_CHUNK
+
+    @property
+    def most_tokens(self) -> int:
+        """Prompt and answer of the largest request that can ever run."""
+        return min(self.context, self.pages * PAGE_SLOTS)
+
+
+class Scheduler:
+    """The engine's requests and the order in which they advance."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.pool = PagePool(limits.pages)
+        self.steps = 0
+        self.prompt_tokens = 0
+        self.drawn_tokens = 0
+        self._waiting: deque[_Running] = deque()
+        self._running: dict[int, _Running] = {}
+        self._entries: dict[str, _Running] = {}
+        self._next_number = 0
+        self._closed: list[int] = []
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have no KV yet."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Requests that own KV."""
+        return len(self._running)
+
+    def submit(self, request: GenerateRequest, sink: Sink) -> None:
+        """Queue a request. Raises `ContextLengthError` if it can never run, `BusyError` if too many
+        wait."""
+        prompt, total = len(request.prompt), len(request.prompt) + request.max_tokens
+        most = self.limits.most_tokens
+        if total > most:
+            raise ContextLengthError(
+                f"the context holds {most} tokens, but {total} were asked for: {prompt} in the "
+                f"prompt and {request.max_tokens} for the answer; shorten either",
+                "prompt" if prompt >= most else "max_tokens",
+            )
+        if len(self._waiting) >= self.limits.max_waiting:
+            raise BusyError(f"{len(self._waiting)} requests wait already; try again later")
+        assert request.prompt, "serving lets no empty prompt through"
+        assert request.request_id not in self._entries, f"{request.request_id} is running"
+        self._next_number += 1
+        entry = _Running(self._next_number, request, sink)
+        self._entries[request.request_id] = entry
+        self._waiting.append(entry)
+        sink(Event())
+
+    def cancel(self, request_id: str) -> None:
+        """Forget a request and free its pages on every stage; unknown ids are fine (it just
+        ended)."""
+        entry = self._entries.get(request_id)
+        if entry is not None:
+            self._end(entry)
+
+    def fail_all(self, message: str) -> None:
+        """End every request with an error event: the stages lost what they knew."""
+        for entry in list(self._entries.values()):
+            self._end(entry)
+            entry.sink(Event(error=message))
+        self._closed.clear()
+
+    def next_step(self) -> Batch | None:
+        """The next batch, or None when nothing can start before a result comes back."""
+        opened = self._admit()
+        segments = self._decode_segments()
+        segments += self._prompt_segments(self.limits.chunk - len(segments))
+        if not (segments or opened or self._closed):
+            return None
+        batch = Batch(self.steps, closed=self._closed, opened=opened, segments=segments)
+        self._closed = []
+        self.steps += 1
+        return batch
+
+    def apply(self, batch: Batch, result: Result) -> None:
+        """Book the result of a batch and tell the requests' sinks."""
+        if result.error is not None:
+            for segment in batch.segments:
+                self._fail(segment.request, result.error)
+            return
+        for segment, found in zip(batch.segments, result.segments, strict=True):
+            entry = self._running.get(segment.request)
+            if entry is not None:
+                self._advance(entry, segment, found)
+
+    def _admit(self) -> list[Opened]:
+        """First come, first served: a long request is never overtaken for ever by short ones."""
+        opened = []
+        while self._waiting:
+            entry = self._waiting[0]
+            prompt = entry.request.prompt
+            pages = self.pool.reserve(entry.number, len(prompt) + entry.request.max_tokens)
+            if pages is None:
+                break
+            self._running[entry.number] = self._waiting.popleft()
+            opened.append(Opened(entry.number, pages, len(prompt), entry.request.sampling))
+        return opened
+
+    def _decode_segments(self) -> list[Segment]:
+        """One token of each request that has one, but no more than its share of the requests.
+
+        With as many groups as batches in flight every stage has work; one batch of all of them
+        would leave all stages but one idle.
+        """
+        decoding = sum(1 for entry in self._running.values() if entry.drawn)
+        share = min(self.limits.chunk, -(-decoding // self.limits.in_flight))
+        ready = [entry for entry in self._running.values() if entry.decodable][:share]
+        segments = []
+        for entry in ready:
+            # Last in, last out: whoever decoded moves behind those who have not.
+            self._running[entry.number] = self._running.pop(entry.number)
+            segments.append(Segment(entry.number, entry.sent, [entry.drawn[-1]], sample=True))
+            entry.sent += 1
+        return segments
+
+    def _prompt_segments(self, budget: int) -> list[Segment]:
+        segments: list[Segment] = []
+        for entry in self._running.values():
+            if budget <= 0:
+                break
+            if entry.prefilling:
+                segments.append(_chunk(entry, budget))
+                entry.sent += len(segments[-1].tokens)
+                budget -= len(segments[-1].tokens)
+        return segments
+
+    def _advance(self, entry: _Running, segment: Segment, found: SegmentResult) -> None:
+        if found.error is not None:
+            self._fail(entry.number, found.error)
+            return
+        prompt = len(entry.request.prompt)
+        entry.done = segment.start + len(segment.tokens)
+        self.prompt_tokens += max(0, min(prompt, entry.done) - segment.start)
+        tokens = [] if found.drawn is None else [found.drawn]
+        entry.drawn += [choice.token for choice in tokens]
+        self.drawn_tokens += len(tokens)
+        reason = _finish_reason(entry)
+        if reason is not None:
+            self._end(entry)
+        done = min(entry.done, prompt)
+        entry.sink(Event(tokens, found.scores, done, finish_reason=reason))
+
+    def _fail(self, number: int, message: str) -> None:
+        entry = self._running.get(number)
+        if entry is not None:
+            self._end(entry)
+            entry.sink(Event(error=message))
+
+    def _end(self, entry: _Running) -> None:
+        del self._entries[entry.request.request_id]
+        if self._running.pop(entry.number, None) is None:
+            self._waiting.remove(entry)
+            return
+        self.pool.release(entry.number)
+        self._closed.append(entry.number)
+
+    def check_integrity(self) -> None:
+        """Prove the books; with nothing running or waiting, no page and no name may be held."""
+        self.pool.check_integrity()
+        assert len(self._entries) == len(self._running) + len(self._waiting)
+        if not self._running:
+            assert self.pool.free == self.pool.pages, "pages without an owner"
+
+
+def _chunk(entry: _Running, budget: int) -> Segment:
+    """The next piece of a prompt; its last piece draws the first token."""
+    prompt, start = entry.request.prompt, entry.sent
+    stop = min(len(prompt), start + budget)
+    scored = entry.request.prompt_logprobs
+    return Segment(
+        entry.number,
+        start,
+        prompt[start:stop],
+        sample=stop == len(prompt) and entry.request.max_tokens > 0,
+        targets=[] if scored is None else prompt[start + 1 : stop + 1],
+        alternatives=scored or 0,
+    )
+
+
+def _finish_reason(entry: _Running) -> str | None:
+    request = entry.request
+    if entry.done < len(request.prompt):
+        return None
+    if entry.drawn and entry.drawn[-1] in request.sampling.stop_ids:
+        return STOP
+    return LENGTH if len(entry.drawn) >= request.max_tokens else None

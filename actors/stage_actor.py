@@ -1,0 +1,132 @@
+"""The Ray shell around a stage: loads it, joins its edges, answers questions while it computes.
+
+It only delegates: the work is `Stage.forward`, the loop is `serve_stage`. Its process may die at
+any time; nothing in it is worth saving. A joined stage works on a thread of its own, so that calls
+are answered at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from dataclasses import dataclass
+
+import ray
+
+from actors.local import describe_stage
+from actors.pipeline import serve_stage
+from actors.stats import StageStats
+from actors.transport import Address, Edge, Listener, connect
+from sharding.errors import PipelineError, StageError
+from sharding.gguf.reader import GGUFFile
+from sharding.kernels.reference import use_threads
+from sharding.memory import available_bytes
+from sharding.stage import Stage
+from sharding.stage_spec import StageSpec
+
+log = logging.getLogger("longspan.stage")
+
+JOIN_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True)
+class NodeFacts:
+    """Where an actor landed. `free_bytes` is the whole node's, shared by all stages there."""
+
+    node_id: str
+    host: str
+    free_bytes: int
+
+
+@dataclass(frozen=True)
+class Joint:
+    """How a stage joins its neighbours in an epoch; it already listens for the one before it."""
+
+    epoch: int
+    secret: bytes
+    downstream: Address
+
+
+class StageActor:
+    """Stage number `number` of a pipeline; `threads` cores are its own."""
+
+    def __init__(self, number: int, threads: int) -> None:
+        use_threads(threads)
+        self._number = number
+        self._progress = 0.0
+        self._stage: Stage | None = None
+        self._listener: Listener | None = None
+        self._edges: list[Edge] = []
+        self._worker: threading.Thread | None = None
+
+    def facts(self) -> NodeFacts:
+        """Where it runs and what memory is free there."""
+        context = ray.get_runtime_context()
+        return NodeFacts(context.get_node_id(), ray.util.get_node_ip_address(), available_bytes())
+
+    def load(self, spec: StageSpec) -> None:
+        """Load the slice of the model. Raises `ModelFileError` (every node needs the file)."""
+        with GGUFFile.open(spec.model) as file:
+            self._stage = Stage(spec, file, self._report)
+
+    def _report(self, share: float) -> None:
+        self._progress = share
+
+    def progress(self) -> float:
+        """Share of the slice loaded, 0 to 1."""
+        return self._progress
+
+    def listen(self, over_tcp: bool) -> Address:
+        """Leave the old epoch, then wait for the neighbour before this one."""
+        self._leave()
+        host = ray.util.get_node_ip_address() if over_tcp else None
+        self._listener = Listener(host)
+        return self._listener.address
+
+    def join(self, joint: Joint) -> None:
+        """Connect to the neighbour after this one and go to work. Raises `PeerLostError`."""
+        assert self._stage is not None, "joined before it was loaded"
+        self._stage.reset()
+        downstream = connect(joint.downstream, joint.secret, joint.epoch)
+        self._edges = [downstream]
+        self._worker = threading.Thread(target=self._work, args=(joint, downstream), daemon=True)
+        self._worker.start()
+
+    def _work(self, joint: Joint, downstream: Edge) -> None:
+        stage, listener = self._stage, self._listener
+        assert stage is not None and listener is not None, "joined before it listened"
+        try:
+            upstream = listener.accept(joint.secret, joint.epoch, JOIN_TIMEOUT_S)
+            self._edges.append(upstream)
+            listener.close()
+            serve_stage(stage, upstream, downstream)
+        except PipelineError as error:
+            log.info("stage %d left epoch %d: %s", self._number, joint.epoch, error)
+        finally:
+            downstream.close()
+
+    def _leave(self) -> None:
+        for edge in self._edges:
+            edge.close()
+        self._edges = []
+        if self._listener is not None:
+            self._listener.close()
+        if self._worker is not None:
+            self._worker.join(JOIN_TIMEOUT_S)
+            if self._worker.is_alive():
+                raise StageError(
+                    f"stage {self._number} still computes after {JOIN_TIMEOUT_S:.0f} s"
+                )
+
+    def stats(self) -> StageStats:
+        """Its books."""
+        assert self._stage is not None, "asked before it was loaded"
+        return describe_stage(self._number, self._stage, ray.util.get_node_ip_address(), "cpu")
+
+    def pid(self) -> int:
+        """Its process, for tests that end it."""
+        return os.getpid()
+
+
+RemoteStage = ray.remote(max_restarts=0, max_task_retries=0, max_concurrency=4)(StageActor)

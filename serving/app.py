@@ -1,0 +1,196 @@
+"""The Ray Serve application: a stateless ingress that speaks HTTP and an engine replica that owns
+the pipeline.
+
+The only file that knows Ray Serve. `build` is what `serve.yaml` and `longspan serve` deploy. HTTP
+itself is `http.py`, requests and pages are `actors/`; here the two are joined, and Ray's exceptions
+on that border become ours.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+from ray.exceptions import RayError, RayTaskError
+from ray.serve import Application
+from ray.serve.handle import DeploymentHandle
+
+from actors.engine import Engine
+from actors.placement import PlacementConfig, RayStages
+from actors.request import Event, GenerateRequest
+from actors.stats import EngineStats, EngineStatus
+from serving.config import ServeConfig, load_config
+from serving.fetch import resolve_model
+from serving.http import create_app
+from serving.service import ServedModel, Service
+from sharding.errors import LongspanError, UnavailableError
+from sharding.gguf.reader import GGUFFile
+from sharding.gguf.tokenizer import Tokenizer
+from sharding.model.arch import read_shape
+from sharding.model_plan import Wanted
+
+# Requests wait in the scheduler's own queue, which knows pages and answers 429: Serve must not
+# queue before it.
+_UNLIMITED = 1_000_000
+_WATCH_PERIOD_S = 0.5
+
+
+@serve.deployment(name="engine", max_ongoing_requests=_UNLIMITED, ray_actor_options={"num_cpus": 0})
+class EngineReplica:
+    """Owns one pipeline. Loads in the background: a replica that loads for minutes must still
+    answer."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        config = load_config(options)
+        wanted = Wanted(config.context, config.kv_tokens, config.kernels)
+        placement = PlacementConfig(
+            resolve_model(config.model), config.stages, wanted, config.threads, config.max_waiting
+        )
+        self._engine = Engine(RayStages(placement))
+        self._engine.start()
+
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[list[Event]]:
+        """The request's events, as many at a time as have come; leaving early cancels it."""
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[Event] = asyncio.Queue()
+
+        def sink(event: Event) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+        self._engine.submit(request, sink)
+        try:
+            last = False
+            while not last:
+                ready = [await events.get()]
+                while not events.empty():
+                    ready.append(events.get_nowait())
+                yield ready
+                last = ready[-1].last
+        finally:
+            self._engine.cancel(request.request_id)
+
+    async def status(self) -> EngineStatus:
+        """Whether it serves."""
+        return self._engine.status()
+
+    async def stats(self) -> EngineStats:
+        """The books."""
+        return await asyncio.to_thread(self._engine.stats)
+
+    def check_health(self) -> None:
+        """Serve replaces the replica when this raises: only once the engine gave up repairing."""
+        status = self._engine.status()
+        if status.state == "failed":
+            raise UnavailableError(status.detail)
+
+    def __del__(self) -> None:
+        """Serve's way to say that the replica goes."""
+        if hasattr(self, "_engine"):
+            self._engine.close()
+
+
+class RemoteEngine:
+    """The engine as the ingress sees it (`EngineClient`)."""
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._handle = handle
+        self._streaming = handle.options(stream=True)
+
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[Event]:
+        """Events one by one; closing this iterator cancels the request."""
+        response = self._streaming.generate.remote(request)
+        ended = False
+        try:
+            async for events in response:
+                for event in events:
+                    ended = event.last
+                    yield event
+        except RayTaskError as error:
+            raise _cause(error) from error
+        except RayError as error:
+            raise UnavailableError(f"the engine replica is gone: {error}") from error
+        finally:
+            if not ended:
+                response.cancel()
+
+    async def status(self) -> EngineStatus:
+        """The engine's word, or that it has none."""
+        try:
+            status: EngineStatus = await self._handle.status.remote()
+        except RayError as error:
+            return EngineStatus("failed", detail=f"the engine replica does not answer: {error}")
+        return status
+
+
+def _cause(error: RayTaskError) -> LongspanError:
+    if isinstance(error.cause, LongspanError):
+        return error.cause
+    return UnavailableError(f"the engine failed: {error.cause!r}")
+
+
+@serve.deployment(
+    name="ingress", max_ongoing_requests=_UNLIMITED, ray_actor_options={"num_cpus": 0}
+)
+@serve.ingress()
+class Ingress:
+    """Tokenises, applies templates, streams. Holds nothing that outlives a request."""
+
+    async def __init__(self, options: dict[str, Any], engine: DeploymentHandle) -> None:
+        config = load_config(options)
+        model, tokenizer = await asyncio.to_thread(describe_model, config)
+        self._service = Service(model, tokenizer, RemoteEngine(engine))
+        self._watch = asyncio.create_task(self._learn_context())
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Called by Serve once the constructor is done."""
+        return create_app(self._service)
+
+    async def _learn_context(self) -> None:
+        """How long a context fits is only known when the stages are placed."""
+        while (status := await self._service.engine.status()).context == 0:
+            await asyncio.sleep(_WATCH_PERIOD_S)
+        self._service.model = replace(self._service.model, context=status.context)
+
+
+def describe_model(config: ServeConfig) -> tuple[ServedModel, Tokenizer]:
+    """What the ingress must know of a model: its names, limits and tokenizer, but not its
+    weights."""
+    path = resolve_model(config.model)
+    with GGUFFile.open(path) as file:
+        shape = read_shape(file.metadata)
+        tokenizer = Tokenizer.from_metadata(file.metadata)
+        fingerprint = fingerprint_of(file.paths)
+    model = ServedModel(
+        name=config.model_name or path.stem,
+        context=config.context or shape.train_context,
+        created=int(time.time()),
+        fingerprint=fingerprint,
+    )
+    return model, tokenizer
+
+
+def fingerprint_of(paths: tuple[Path, ...]) -> str:
+    """Tells model files apart without reading tens of gigabytes: sizes and each part's first
+    MiB."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(str(path.stat().st_size).encode())
+        with path.open("rb") as part:
+            digest.update(part.read(1 << 20))
+    return f"fp_{digest.hexdigest()[:16]}"
+
+
+def build(args: dict[str, Any]) -> Application:
+    """The application of `serve.yaml`: `args` are `ServeConfig`'s keys. Raises `ConfigError`."""
+    config = load_config(args)
+    options = config.model_dump()
+    ingress = Ingress.options(num_replicas=config.ingress_replicas)
+    app: Application = ingress.bind(options, EngineReplica.bind(options))
+    return app

@@ -1,0 +1,206 @@
+"""The `longspan` command: fetch, plan, generate, serve, bench.
+
+Results go to stdout, everything else to stderr. Exit status: 0 done, 1 a failure, 2 wrong usage.
+Torch and Ray are imported by the commands that need them, so that `plan` and `--help` answer at
+once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from serving.config import load_config
+from serving.fetch import fetch as fetch_model
+from serving.fetch import resolve_model
+from serving.show import bench_heading, bench_line, plan_record, plan_table
+from sharding.batch import SamplingParams
+from sharding.errors import ConfigError, DoesNotFitError, LongspanError
+from sharding.gguf.reader import GGUFFile
+from sharding.model_plan import Wanted, plan_model
+from sharding.planner import Device, parse_bytes
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Serve GGUF language models in layer stages over Ray.",
+)
+err = Console(stderr=True, highlight=False)
+
+Model = Annotated[str, typer.Argument(help="A .gguf file, the first of a split set, or `smollm2`.")]
+Stages = Annotated[int, typer.Option(min=1, help="Stages that the layers are divided over.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all cores.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a line on stdout.")]
+KvDtype = Annotated[str, typer.Option(help="Type of the KV cache; fp16 is the only one yet.")]
+
+
+def main() -> None:
+    """Entry point: our errors become one line and an exit status."""
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    try:
+        app()
+    except LongspanError as error:
+        err.print(f"longspan: {error}", style="red", markup=False, soft_wrap=True)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
+
+
+def _say(line: str) -> None:
+    err.print(line, markup=False, soft_wrap=True)
+
+
+@app.command()
+def fetch(name: Annotated[str, typer.Argument(help="The model's name.")] = "smollm2") -> None:
+    """Download and verify a small model, print its path."""
+    typer.echo(fetch_model(name, report=_say))
+
+
+@app.command()
+def plan(
+    model: Model,
+    context: Annotated[int, typer.Option(min=1, help="Tokens of KV to reserve.")],
+    device: Annotated[list[str], typer.Option(help="Memory of a stage's device, such as 24GiB.")],
+    kv_dtype: KvDtype = "fp16",
+    as_json: AsJson = False,
+) -> None:
+    """Say whether a context fits, and which device would hold what."""
+    _only_fp16(kv_dtype)
+    sizes = [parse_bytes(text) for text in device]
+    devices = [Device(f"device {number}", size) for number, size in enumerate(sizes)]
+    with GGUFFile.open(resolve_model(model, report=_say)) as file:
+        try:
+            planned = plan_model(file, devices, Wanted(context, context))
+        except DoesNotFitError as error:
+            if as_json:
+                refusal = {"fits": False, "max_context": error.max_context, "stages": []}
+                typer.echo(json.dumps(refusal))
+            raise
+    if as_json:
+        typer.echo(json.dumps(plan_record(planned)))
+    else:
+        Console().print(plan_table(planned))
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str | None, typer.Option(help="The text to continue.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="A UTF-8 file with the text.")] = None,
+    stages: Stages = 1,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to draw.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0, max=2, help="0: greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.001, max=1, help="Nucleus to draw from.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
+    context: Annotated[int | None, typer.Option(min=1, help="Most tokens in all.")] = None,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Continue a text with stages of this process."""
+    if (prompt is None) == (prompt_file is None):
+        raise ConfigError("give either --prompt or --prompt-file")
+    text = prompt if prompt is not None else _read_text(prompt_file or Path())
+    from serving.generate import Generation, LocalModel, summary
+
+    path = resolve_model(model, report=_say)
+    sampling = SamplingParams(temperature=temperature, top_p=top_p, seed=seed)
+    with LocalModel(path, stages, Wanted(context), threads) as local:
+        generation = Generation(local, text, max_tokens, sampling)
+        for piece in generation.pieces():
+            if not as_json:
+                typer.echo(piece, nl=False)
+    if as_json:
+        typer.echo(json.dumps(generation.record()))
+    else:
+        typer.echo()
+        _say(summary(generation))
+
+
+@app.command()
+def serve(
+    model: Model,
+    stages: Stages = 2,
+    context: Annotated[int | None, typer.Option(help="Most tokens of one request.")] = None,
+    kv_tokens: Annotated[int | None, typer.Option(help="Tokens of KV in all.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address that HTTP listens on.")] = None,
+    port: Annotated[int | None, typer.Option(help="TCP port of HTTP.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of each stage.")] = None,
+    model_name: Annotated[str | None, typer.Option(help="Name that clients ask for.")] = None,
+    max_waiting: Annotated[int | None, typer.Option(help="Requests that may wait.")] = None,
+    ingress_replicas: Annotated[int | None, typer.Option(help="HTTP processes.")] = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster; default: a local one.")] = None,
+) -> None:
+    """Serve a model over HTTP through stages on Ray, until interrupted."""
+    from serving.launch import serve_until_interrupted
+
+    path = resolve_model(model, report=_say)
+    chosen = {
+        "model": str(path.resolve()),
+        "stages": stages,
+        "context": context,
+        "kv_tokens": kv_tokens,
+        "host": host,
+        "port": port,
+        "threads": threads,
+        "model_name": model_name or path.stem,
+        "max_waiting": max_waiting,
+        "ingress_replicas": ingress_replicas,
+        "address": address,
+    }
+    config = load_config({key: value for key, value in chosen.items() if value is not None})
+    serve_until_interrupted(config, err)
+
+
+@app.command()
+def bench(
+    model: Model,
+    prompt: Annotated[str, typer.Option("-p", help="Prompt lengths, as in 128,512.")] = "512",
+    tokens: Annotated[str, typer.Option("-n", help="Tokens to draw, as in 128.")] = "128",
+    depths: Annotated[str, typer.Option("-d", help="Context before it, as in 0,4096.")] = "0",
+    runs: Annotated[int, typer.Option("-r", min=1, help="Runs of each row.")] = 3,
+    stages: Stages = 1,
+    threads: Threads = None,
+    kv_dtype: KvDtype = "fp16",
+    as_json: AsJson = False,
+) -> None:
+    """Measure prompt and decode rates of stages in this process, row by row as llama-bench does."""
+    _only_fp16(kv_dtype)
+    from serving.bench import Bencher, bench_cases
+    from serving.generate import LocalModel
+
+    cases = bench_cases(*(_numbers(text) for text in (prompt, tokens, depths)))
+    path = resolve_model(model, report=_say)
+    room = max(case.context for case in cases)
+    if not as_json:
+        typer.echo(bench_heading())
+    with LocalModel(path, stages, Wanted(room, room), threads) as local:
+        bencher = Bencher(local.pipeline, local.vocab)
+        for case in cases:
+            typer.echo(bench_line(bencher.run(case, runs), local, as_json))
+
+
+def _only_fp16(kv_dtype: str) -> None:
+    if kv_dtype != "fp16":
+        raise ConfigError(f"--kv-dtype {kv_dtype} is not supported yet; the KV cache is fp16")
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",") if part.strip()]
+    except ValueError as error:
+        raise ConfigError(f"{text!r} is no list of whole numbers such as 0,4096") from error
+    if any(number < 0 for number in numbers):
+        raise ConfigError(f"{text!r} has a negative number")
+    return numbers
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error

@@ -1,0 +1,106 @@
+"""Ray and Serve from the command line: start or join a cluster, deploy the application, take all of
+it down.
+
+Not here: what is deployed (`app.py`) and what is printed about it (`cli.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+
+import ray
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.handle import DeploymentHandle
+
+from actors.stats import EngineStats, EngineStatus
+from serving.app import build
+from serving.config import ServeConfig
+from sharding.errors import ConfigError, UnavailableError
+
+_OBJECT_STORE_BYTES = 128 << 20
+_CALL_TIMEOUT_S = 30.0
+
+APPLICATION = "longspan"
+
+
+class Deployment:
+    """The deployed application, as whoever deployed it may ask it."""
+
+    def __init__(self, engine: DeploymentHandle) -> None:
+        self._engine = engine
+
+    def status(self) -> EngineStatus:
+        """Whether it serves. Raises `UnavailableError` if nothing answers."""
+        with _ray_errors():
+            status: EngineStatus = self._engine.status.remote().result(_CALL_TIMEOUT_S)
+            return status
+
+    def stats(self) -> EngineStats:
+        """The engine's and the stages' books."""
+        with _ray_errors():
+            stats: EngineStats = self._engine.stats.remote().result(_CALL_TIMEOUT_S)
+            return stats
+
+
+@contextlib.contextmanager
+def deployed(config: ServeConfig) -> Iterator[Deployment]:
+    """Deploy for the length of a `with`; a cluster that was started here ends with it.
+
+    Raises `ConfigError` for a port in use or an address where no Ray answers.
+    """
+    check_port(config.host, config.port)
+    start_ray(config.address)
+    try:
+        serve.start(http_options={"host": config.host, "port": config.port})
+        serve.run(build(config.model_dump()), name=APPLICATION, route_prefix="/")
+        yield Deployment(serve.get_deployment_handle("engine", APPLICATION))
+    finally:
+        serve.delete(APPLICATION)
+        if config.address is None:
+            serve.shutdown()
+        ray.shutdown()
+
+
+def start_ray(address: str | None) -> None:
+    """Join the cluster at `address`, or start one that lives as long as this process."""
+    # Ray runs workers at nice 15 otherwise; must be set before it starts.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    # A cluster of this process alone listens on loopback and needs no token in the user's home.
+    if address is not None:
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level="WARNING")
+        except (ConnectionError, ValueError) as error:
+            raise ConfigError(f"no Ray cluster answers at {address}: {error}") from error
+        return
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        object_store_memory=_OBJECT_STORE_BYTES,
+        log_to_driver=False,
+        logging_level="WARNING",
+        _node_ip_address="127.0.0.1",
+    )
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise `ConfigError` unless a server may listen there."""
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {host}:{port}: {error.strerror}; choose another --port"
+        ) from error
+
+
+@contextlib.contextmanager
+def _ray_errors() -> Iterator[None]:
+    try:
+        yield
+    except (RayError, TimeoutError) as error:
+        raise UnavailableError(f"the engine does not answer: {error}") from error

@@ -1,0 +1,147 @@
+"""What a server is told to do: one frozen model of options, and errors that name the key at fault.
+
+`longspan serve` fills it from the command line, `serve deploy` from the `args` of serve.yaml. Only
+`longspan serve` uses `host`, `port` and `address`: under `serve deploy` Ray Serve owns the HTTP
+port (`http_options`) and the cluster is already there. Every default is written here and nowhere
+else. Not here: what fits into memory, and whether the model file is any good.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from sharding.errors import ConfigError
+
+
+class ServeConfig(BaseModel):
+    """The options of one server: one model, one pipeline of stages, one HTTP API."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = Field(
+        min_length=1,
+        description="Path of a .gguf file, the same on every node, or a name `longspan fetch` has",
+    )
+    model_name: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Name that clients ask for; default: the file's name without .gguf",
+    )
+    stages: int = Field(
+        default=2, ge=1, le=64, description="Stages that the model's layers are cut into"
+    )
+    context: int | None = Field(
+        default=None,
+        ge=1,
+        description="Most tokens of one request, prompt and answer together; default: the "
+        "context the model was trained for, or what fits if that is less",
+    )
+    kv_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Tokens of KV that all running requests share; default: decided at load "
+        "from the free memory",
+    )
+    threads: int | None = Field(
+        default=None,
+        ge=1,
+        le=1024,
+        description="CPU threads of each stage; default: the cores of a machine divided by "
+        "its stages",
+    )
+    max_waiting: int = Field(
+        default=256, ge=0, description="Requests that may wait; one more is answered with 429"
+    )
+    ingress_replicas: int = Field(
+        default=1, ge=1, le=256, description="Processes that speak HTTP and tokenise"
+    )
+    kernels: Literal["reference"] = Field(
+        default="reference", description="Kernel set that computes the stages"
+    )
+    host: str = Field(
+        default="127.0.0.1",
+        min_length=1,
+        description="Address that HTTP listens on (`longspan serve` only)",
+    )
+    port: int = Field(
+        default=8000, ge=1, le=65535, description="TCP port of HTTP (`longspan serve` only)"
+    )
+    address: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Ray cluster to join, as host:port or `auto`; default: start a local one "
+        "(`longspan serve` only)",
+    )
+
+    @property
+    def served_name(self) -> str:
+        """The name that clients ask for."""
+        return self.model_name or Path(self.model).name.removesuffix(".gguf")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_truth_values(cls, value: object) -> object:
+        # No option is a switch, and pydantic would read YAML's `stages: yes` as 1.
+        if isinstance(value, bool):
+            raise ValueError(f"{str(value).lower()} is neither a number nor a text")
+        return value
+
+    @model_validator(mode="after")
+    def _full_context_can_run(self) -> Self:
+        if self.context and self.kv_tokens and self.kv_tokens < self.context:
+            raise ValueError(
+                f"kv_tokens {self.kv_tokens} is below context {self.context}, so no request of "
+                f"the full context could run; raise kv_tokens or lower context"
+            )
+        return self
+
+
+def load_config(mapping: object) -> ServeConfig:
+    """Validate options. Numbers may come as text, as `serve run … stages=2` gives them.
+
+    Raises `ConfigError` with one line for each key that is wrong.
+    """
+    if not isinstance(mapping, Mapping):
+        raise ConfigError(
+            f"the configuration is {mapping!r:.60}; a mapping of keys to values is expected, "
+            f"at least `model`"
+        )
+    try:
+        return ServeConfig.model_validate(dict(mapping))
+    except ValidationError as error:
+        lines = [_line(dict(detail)) for detail in error.errors(include_url=False)]
+        raise ConfigError("the configuration is wrong:\n  " + "\n  ".join(lines)) from None
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A hint to append: the known word most like this one, or all of them."""
+    words = sorted(known)
+    close = difflib.get_close_matches(word, words, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(words)}"
+
+
+def _line(detail: Mapping[str, Any]) -> str:
+    """One of pydantic's error details as `key: what is wrong`."""
+    key = ".".join(map(str, detail["loc"]))
+    match detail["type"]:
+        case "extra_forbidden" | "invalid_key":
+            return f"{key}: no such key; {nearest(key, ServeConfig.model_fields)}"
+        case "missing":
+            return f"{key}: missing; {ServeConfig.model_fields[key].description}"
+        case "value_error":
+            return f"{key}: {detail['ctx']['error']}" if key else str(detail["ctx"]["error"])
+        case _:
+            _, should, rest = detail["msg"].partition("should")
+            return f"{key}: {detail['input']!r:.60} {should}{rest}"

@@ -1,0 +1,140 @@
+"""A model in this process: what `longspan generate` and `longspan bench` run, without Ray or
+HTTP."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from actors.engine import Engine
+from actors.local import LocalStages
+from actors.pipeline import LocalPipeline
+from actors.request import GenerateRequest
+from sharding.batch import SamplingParams
+from sharding.errors import ContextLengthError, PipelineError, RequestError
+from sharding.gguf.reader import GGUFFile
+from sharding.gguf.tokenizer import Tokenizer
+from sharding.kernels.reference import use_threads
+from sharding.memory import available_bytes
+from sharding.model.arch import read_shape
+from sharding.model_plan import Wanted, plan_model
+from sharding.planner import Device
+
+_MEMORY_SHARE = 0.8
+
+
+class LocalModel:
+    """Loaded stages and the tokenizer of a model file; a context manager."""
+
+    def __init__(self, path: Path, stages: int, wanted: Wanted, threads: int | None) -> None:
+        self.path = path
+        self.stages = stages
+        self.kernels = wanted.kernels
+        self.threads = use_threads(threads)
+        free = int(available_bytes() * _MEMORY_SHARE) // stages
+        devices = [Device(f"cpu, part {number}", free) for number in range(stages)]
+        with GGUFFile.open(path) as file:
+            planned = plan_model(file, devices, wanted)
+            self.vocab = read_shape(file.metadata).vocab
+            self.tokenizer = Tokenizer.from_metadata(file.metadata)
+        self.context = planned.context
+        self._source = LocalStages(path, planned, wanted.kernels)
+        self.engine = Engine(self._source)
+
+    @property
+    def pipeline(self) -> LocalPipeline:
+        """The bare stages, past the engine: for measurements."""
+        return LocalPipeline(self._source.stages)
+
+    def __enter__(self) -> Self:
+        self.engine.start()
+        self.engine.wait_ready()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.engine.close()
+
+
+class Generation:
+    """One continuation: its text as it comes, then its figures."""
+
+    def __init__(
+        self, local: LocalModel, text: str, max_tokens: int, sampling: SamplingParams
+    ) -> None:
+        self._local = local
+        self._prompt = local.tokenizer.encode(text)
+        if not self._prompt:
+            raise RequestError("the prompt is empty", "prompt")
+        room = local.context - len(self._prompt)
+        if room < 1:
+            raise ContextLengthError(
+                f"the prompt has {len(self._prompt)} tokens, the context holds {local.context}"
+            )
+        self._request = GenerateRequest(
+            "generate", self._prompt, min(max_tokens, room), _with_stops(sampling, local)
+        )
+        self.text = ""
+        self.token_ids: list[int] = []
+        self.ttft_s = 0.0
+        self.decode_s = 0.0
+
+    def pieces(self) -> Iterator[str]:
+        """The answer, piece by piece. Raises `PipelineError` if the engine fails."""
+        decoder = self._local.tokenizer.incremental()
+        begin = first = time.perf_counter()
+        for event in self._local.engine.generate(self._request):
+            if event.error is not None:
+                raise PipelineError(event.error)
+            for choice in event.tokens:
+                if not self.token_ids:
+                    first = time.perf_counter()
+                self.token_ids.append(choice.token)
+                yield self._take(decoder.push(choice.token))
+        self.ttft_s, self.decode_s = first - begin, time.perf_counter() - first
+        yield self._take(decoder.finish())
+
+    def _take(self, piece: str) -> str:
+        self.text += piece
+        return piece
+
+    @property
+    def tok_s(self) -> float:
+        """Decode rate after the first token; 0 when there was no second."""
+        later = len(self.token_ids) - 1
+        return later / self.decode_s if later > 0 else 0.0
+
+    def record(self) -> dict[str, Any]:
+        """As `--json` prints it."""
+        return {
+            "text": self.text,
+            "token_ids": self.token_ids,
+            "prompt_tokens": len(self._prompt),
+            "ttft_s": round(self.ttft_s, 4),
+            "tok_s": round(self.tok_s, 2),
+        }
+
+
+def _with_stops(sampling: SamplingParams, local: LocalModel) -> SamplingParams:
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        seed=sampling.seed,
+        stop_ids=local.tokenizer.stop_ids,
+    )
+
+
+def summary(generation: Generation) -> str:
+    """One line for people."""
+    record = generation.record()
+    return (
+        f"{record['prompt_tokens']} prompt tokens, first token after {generation.ttft_s:.2f} s, "
+        f"then {generation.tok_s:.1f} tokens/s"
+    )

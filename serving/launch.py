@@ -1,0 +1,56 @@
+"""`longspan serve`: deploy, show the stages load, print where they are, wait for the end."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from serving.cluster import Deployment, deployed
+from serving.config import ServeConfig
+from serving.show import stage_table
+from sharding.errors import UnavailableError
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+_POLL_S = 0.2
+
+
+def serve_until_interrupted(config: ServeConfig, err: Console) -> None:
+    """Serve until SIGINT or SIGTERM. Raises `LongspanError` when the model cannot be loaded."""
+    stopped = threading.Event()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        stopped.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    err.print(f"starting Ray for {config.stages} stages of {config.served_name}", markup=False)
+    with deployed(config) as deployment:
+        if _wait_loaded(deployment, stopped, err):
+            err.print(stage_table(deployment.stats()))
+            url = f"http://{config.host}:{config.port}/v1"
+            err.print(f"serving {config.served_name} at {url} (Ctrl-C ends it)", markup=False)
+            stopped.wait()
+        err.print("stopping")
+
+
+def _wait_loaded(deployment: Deployment, stopped: threading.Event, err: Console) -> bool:
+    """Whether the engine is ready; false when interrupted before."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=err) as progress:
+        task = progress.add_task("loading", total=1.0)
+        while not stopped.is_set():
+            status = deployment.status()
+            if status.state == "failed":
+                raise UnavailableError(status.detail)
+            progress.update(task, completed=status.progress, description=status.detail or "ready")
+            if status.state == "ready":
+                return True
+            time.sleep(_POLL_S)
+    return False

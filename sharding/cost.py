@@ -1,0 +1,171 @@
+"""Bytes and FLOPs of a model's parts, as pure functions of its shape and its tensor table.
+
+Not here: how layers are divided over devices (`planner`), and any tensor. Everything is exact
+integer arithmetic in bytes; activations are an upper bound, explained term by term.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import Protocol
+
+from sharding.errors import CorruptFileError
+from sharding.model.arch import ModelShape
+
+FP32_BYTES = 4
+FP16_BYTES = 2
+
+SCORE_BYTES = 32 << 20
+"""Bound on the block of attention scores that the reference attention holds at a time."""
+
+LOGIT_ROWS = 64
+"""Most rows of logits `[rows, vocab]` that the last stage computes at a time."""
+
+SAMPLER_BYTES_PER_TOKEN = 96
+"""Per vocabulary entry of the one row being drawn: twelve float64 or int64 vectors (adjusted and
+scaled logits, ids, weights, running sum, hash words and their temporaries, noise)."""
+
+_BLOCK_TENSORS = (
+    "attn_norm", "attn_q", "attn_k", "attn_v", "attn_output",
+    "ffn_norm", "ffn_gate", "ffn_up", "ffn_down",
+)  # fmt: skip
+_EMBEDDING, _FINAL_NORM, _HEAD = "token_embd.weight", "output_norm.weight", "output.weight"
+
+
+class TensorSize(Protocol):
+    """The part of `gguf.reader.TensorInfo` that costs depend on."""
+
+    @property
+    def elements(self) -> int:
+        """Number of weights."""
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes in the file."""
+
+
+def fp32_resident(info: TensorSize) -> int:
+    """Bytes in memory under kernels that expand every weight to float32 (the reference)."""
+    return FP32_BYTES * info.elements
+
+
+def file_resident(info: TensorSize) -> int:
+    """Bytes in memory under kernels that keep a weight as quantised as the file has it."""
+    return info.n_bytes
+
+
+@dataclass(frozen=True)
+class ModelCosts:
+    """Resident bytes of a model's parts.
+
+    `layer_bytes[i]`: weights of layer i. `embedding_bytes`: token embedding, on the first stage.
+    `output_bytes`: final norm and head, on the last stage. `tied_bytes`: the head's bytes if the
+    head is the embedding, else 0; they are shared where first and last stage are one.
+    """
+
+    shape: ModelShape
+    layer_bytes: tuple[int, ...]
+    embedding_bytes: int
+    output_bytes: int
+    tied_bytes: int
+
+    @property
+    def layers(self) -> int:
+        """Number of layers."""
+        return len(self.layer_bytes)
+
+    @property
+    def kv_bytes_per_token_per_layer(self) -> int:
+        """A key and a value of every KV head, in FP16."""
+        return 2 * self.shape.kv_features * FP16_BYTES
+
+    @cached_property
+    def _layer_bytes_before(self) -> tuple[int, ...]:
+        return tuple(accumulate(self.layer_bytes, initial=0))
+
+    def weights_bytes(self, start: int, stop: int) -> int:
+        """Weights of a stage of layers `[start, stop)`, with what the first and the last add."""
+        total = self._layer_bytes_before[stop] - self._layer_bytes_before[start]
+        if start == 0:
+            total += self.embedding_bytes
+        if stop == self.layers:
+            total += self.output_bytes
+        if start == 0 and stop == self.layers:
+            total -= self.tied_bytes
+        return total
+
+
+def model_costs(
+    shape: ModelShape,
+    tensors: Mapping[str, TensorSize],
+    weight_bytes: Callable[[TensorSize], int],
+) -> ModelCosts:
+    """Add up a file's tensor table. `weight_bytes` says what the kernels keep of one tensor.
+
+    Every tensor of a layer counts, also those that only some families have (biases, extra norms).
+    Raises `CorruptFileError` naming a tensor that is missing.
+    """
+    sums: defaultdict[str, int] = defaultdict(int)
+    for name, info in tensors.items():
+        if name.startswith("blk."):
+            sums[name.split(".")[1]] += weight_bytes(info)
+    for name in _required(shape.layers):
+        if name not in tensors:
+            raise CorruptFileError(
+                f"tensor {name} is missing; a {shape.family.name} model of {shape.layers} layers "
+                "needs it"
+            )
+    embedding = weight_bytes(tensors[_EMBEDDING])
+    tied = _HEAD not in tensors
+    head = embedding if tied else weight_bytes(tensors[_HEAD])
+    return ModelCosts(
+        shape=shape,
+        layer_bytes=tuple(sums[str(layer)] for layer in range(shape.layers)),
+        embedding_bytes=embedding,
+        output_bytes=head + weight_bytes(tensors[_FINAL_NORM]),
+        tied_bytes=head if tied else 0,
+    )
+
+
+def _required(layers: int) -> list[str]:
+    blocks = [f"blk.{layer}.{part}.weight" for layer in range(layers) for part in _BLOCK_TENSORS]
+    return [_EMBEDDING, *blocks, _FINAL_NORM]
+
+
+def activation_bytes(shape: ModelShape, chunk_tokens: int, *, last: bool) -> int:
+    """Upper bound on a stage's tensors beside weights and KV while it computes one chunk.
+
+    Everything is float32, one layer at a time. Per token: three hidden states (the residual stream,
+    its normalised copy, the output to be added); queries, keys, values and attention's output,
+    which is as wide as the queries; gate and up, the activated gate and the product. Attention and
+    feed-forward never live at once; adding both pays for the rotations' temporaries. Per stage: one
+    block of attention scores, their softmax, and a mask of a byte a score. The `last` stage adds up
+    to `LOGIT_ROWS` rows of logits, as many of log-probabilities, and the sampler's copies of one
+    row.
+    """
+    attention = 2 * shape.q_features + 2 * shape.kv_features
+    per_token = FP32_BYTES * (3 * shape.hidden + attention + 4 * shape.ffn)
+    total = chunk_tokens * per_token + 2 * SCORE_BYTES + SCORE_BYTES // FP32_BYTES
+    if last:
+        rows = min(LOGIT_ROWS, chunk_tokens)
+        total += shape.vocab * (2 * rows * FP32_BYTES + SAMPLER_BYTES_PER_TOKEN)
+    return total
+
+
+def buffer_bytes(shape: ModelShape, chunk_tokens: int) -> int:
+    """The transport's receive and send buffers, each float32 `[chunk_tokens, hidden]`."""
+    return 2 * chunk_tokens * shape.hidden * FP32_BYTES
+
+
+def flops_per_token(shape: ModelShape, depth: int) -> int:
+    """FLOPs of one token, head included, with `depth` tokens before it in its request.
+
+    A multiply and an add are two. Norms, rotations and softmax are left out: below 1%.
+    """
+    projections = shape.hidden * (2 * shape.q_features + 2 * shape.kv_features + 3 * shape.ffn)
+    scores_and_values = 2 * shape.q_features * (depth + 1)
+    return 2 * (shape.layers * (projections + scores_and_values) + shape.hidden * shape.vocab)

@@ -1,0 +1,140 @@
+"""The slow twin: every kernel of the contract in plain torch, on weights dequantised to float32.
+
+It is the definition that other kernel sets are tested against, and runs wherever torch runs. It is
+not fast, not frugal (4 bytes a weight) and not `exact`: torch picks its GEMM by shape, so the same
+token in a batch of another size may differ in the last bits.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.functional import linear, silu
+
+from sharding.cost import SCORE_BYTES, fp32_resident
+from sharding.gguf.quants import dequantise
+
+if TYPE_CHECKING:
+    from sharding.gguf.reader import GGUFFile, TensorInfo
+    from sharding.kernels import Weight
+    from sharding.model.attention import BatchIndex, Rows
+    from sharding.model.kv_cache import LayerPages
+
+
+@dataclass(frozen=True)
+class Float32Weight:
+    """A matrix `[rows, cols]` in float32."""
+
+    matrix: torch.Tensor
+
+    @property
+    def rows(self) -> int:
+        """Outputs."""
+        return self.matrix.shape[0]
+
+    @property
+    def cols(self) -> int:
+        """Inputs."""
+        return self.matrix.shape[1]
+
+    @property
+    def n_bytes(self) -> int:
+        """Resident bytes."""
+        return self.matrix.numel() * 4
+
+
+def _matrix(weight: Weight) -> torch.Tensor:
+    assert isinstance(weight, Float32Weight), "a weight of another kernel set"
+    return weight.matrix
+
+
+class ReferenceKernels:
+    """See the contract in `sharding/kernels/__init__.py`."""
+
+    name = "reference"
+    exact = False
+
+    def resident_bytes(self, info: TensorInfo) -> int:
+        """Four bytes a weight."""
+        return fp32_resident(info)
+
+    def pack(self, file: GGUFFile, names: Sequence[str]) -> Weight:
+        """Dequantise and stack."""
+        infos = [file.tensors[name] for name in names]
+        stacked = torch.empty(sum(info.rows for info in infos), infos[0].cols)
+        row = 0
+        for info in infos:
+            values = torch.from_numpy(dequantise(info.format, file.raw(info.name)))
+            stacked[row : row + info.rows] = values
+            row += info.rows
+        return Float32Weight(stacked)
+
+    def embed(self, weight: Weight, ids_T: torch.Tensor) -> torch.Tensor:
+        """Row lookup."""
+        return _matrix(weight)[ids_T]
+
+    def matmul(self, x_TI: torch.Tensor, weight: Weight) -> torch.Tensor:
+        """Torch's GEMM, GEMV for one token."""
+        return linear(x_TI, _matrix(weight))
+
+    def rms_norm(self, x_TI: torch.Tensor, scale_I: torch.Tensor, eps: float) -> torch.Tensor:
+        """The mean square is a float32 reduction over one row."""
+        return x_TI * torch.rsqrt(x_TI.square().mean(-1, keepdim=True) + eps) * scale_I
+
+    def rotate(self, x_THD: torch.Tensor, index: BatchIndex) -> torch.Tensor:
+        """Views the rotating elements as pairs, whichever of them belong together."""
+        pairs = index.cos_TR.shape[1]
+        cos, sin = index.cos_TR[:, None, :], index.sin_TR[:, None, :]
+        head = x_THD[..., : 2 * pairs].unflatten(-1, index.pair_shape)
+        a, b = head.unbind(index.pair_axis)
+        turned = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=index.pair_axis)
+        return torch.cat((turned.flatten(-2), x_THD[..., 2 * pairs :]), dim=-1)
+
+    def write_kv(
+        self, k_TGD: torch.Tensor, v_TGD: torch.Tensor, index: BatchIndex, pages: LayerPages
+    ) -> None:
+        """Scatter by (page, slot)."""
+        pages.k_PGDS[index.page_T, :, :, index.slot_T] = k_TGD.half()
+        pages.v_PGSD[index.page_T, :, index.slot_T] = v_TGD.half()
+
+    def attention(self, q_THD: torch.Tensor, index: BatchIndex, pages: LayerPages) -> torch.Tensor:
+        """Segment by segment: a request never sees another's slots."""
+        attended = torch.empty_like(q_THD)
+        for rows in index.rows:
+            attended[rows.first : rows.stop] = _attend(q_THD[rows.first : rows.stop], rows, pages)
+        return attended.flatten(1)
+
+    def gated_silu(self, gate_up_T2F: torch.Tensor) -> torch.Tensor:
+        """The first half of the columns is the gate."""
+        gate, up = gate_up_T2F.chunk(2, dim=-1)
+        return silu(gate) * up
+
+
+def _attend(q_THD: torch.Tensor, rows: Rows, pages: LayerPages) -> torch.Tensor:
+    """One segment's attention, in runs of query rows whose scores stay under `SCORE_BYTES`."""
+    tokens, heads, dim = q_THD.shape
+    k_GDN, v_GND = pages.gather(rows.pages, rows.position + tokens)
+    groups, length = v_GND.shape[:2]
+    run = max(1, SCORE_BYTES // (4 * heads * length))
+    # [T, G * shared, D] -> [G, T * shared, D]: the heads that share a kv head read it once.
+    q_GTD = q_THD.unflatten(1, (groups, heads // groups)).transpose(0, 1)
+    runs = []
+    for first in range(0, tokens, run):
+        q_GtD = q_GTD[:, first : first + run].flatten(1, 2) * dim**-0.5
+        seen = torch.arange(first, min(first + run, tokens)) + rows.position
+        scores_GtN = q_GtD @ k_GDN
+        hidden = torch.arange(length) > seen.repeat_interleave(heads // groups)[:, None]
+        scores_GtN.masked_fill_(hidden, -torch.inf)
+        mixed = torch.softmax(scores_GtN, dim=-1) @ v_GND
+        runs.append(mixed.unflatten(1, (-1, heads // groups)).transpose(0, 1).flatten(1, 2))
+    return torch.cat(runs)
+
+
+def use_threads(threads: int | None) -> int:
+    """Compute on so many cores of this process (None: all that it may use); says how many."""
+    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+    return torch.get_num_threads()

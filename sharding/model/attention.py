@@ -1,0 +1,72 @@
+"""What attention needs to know about a batch: positions, where KV goes, which rows see which pages.
+
+Built once a batch and stage, shared by all layers. Not here: the arithmetic (`kernels/`).
+
+    T tokens, R rotary pairs of a head
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sharding.batch import PAGE_SLOTS, Segment
+from sharding.model.arch import ModelShape
+from sharding.model.rope import angles, pair_view
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows `[first, stop)` of a batch: one segment, its first token's position, its request's pages
+    (int64)."""
+
+    first: int
+    stop: int
+    position: int
+    pages: torch.Tensor
+
+
+@dataclass(frozen=True)
+class BatchIndex:
+    """`page_T` and `slot_T` say where each token's KV goes; `pair_shape` and `pair_axis` which
+    elements rotate together."""
+
+    rows: tuple[Rows, ...]
+    page_T: torch.Tensor
+    slot_T: torch.Tensor
+    cos_TR: torch.Tensor
+    sin_TR: torch.Tensor
+    pair_shape: tuple[int, int]
+    pair_axis: int
+
+
+def build_index(
+    segments: Sequence[Segment],
+    tables: Mapping[int, torch.Tensor],
+    shape: ModelShape,
+    freqs_R: torch.Tensor,
+) -> BatchIndex:
+    """Lay a batch's segments out as rows; `tables` maps a request to its page table (int64)."""
+    rows: list[Rows] = []
+    positions, pages = [], []
+    first = 0
+    for segment in segments:
+        table, tokens = tables[segment.request], len(segment.tokens)
+        rows.append(Rows(first, first + tokens, segment.start, table))
+        positions.append(torch.arange(segment.start, segment.start + tokens))
+        pages.append(table[positions[-1] // PAGE_SLOTS])
+        first += tokens
+    positions_T = torch.cat(positions)
+    cos_TR, sin_TR = angles(positions_T, freqs_R)
+    pair_shape, pair_axis = pair_view(shape.family.rope_pairs, shape.rope_dims)
+    return BatchIndex(
+        rows=tuple(rows),
+        page_T=torch.cat(pages),
+        slot_T=positions_T % PAGE_SLOTS,
+        cos_TR=cos_TR,
+        sin_TR=sin_TR,
+        pair_shape=pair_shape,
+        pair_axis=pair_axis,
+    )

@@ -1,0 +1,52 @@
+"""Storage of KV pages: one stage's slice of the cache. Soft state: replaying tokens rebuilds it.
+
+    P pages, G kv heads, D head dim, S slots a page
+
+Not here: which page belongs to whom (`actors/pages.py` decides, page tables arrive with the
+batches).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from sharding.batch import PAGE_SLOTS
+
+
+@dataclass(frozen=True)
+class LayerPages:
+    """One layer's pages in FP16: `k_PGDS` `[P, G, D, S]`, `v_PGSD` `[P, G, S, D]`."""
+
+    k_PGDS: torch.Tensor
+    v_PGSD: torch.Tensor
+
+    def gather(self, pages: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first `length` slots of a page table as float32: keys `[G, D, N]`, values `[G, N,
+        D]`.
+
+        Slots past `length` are cut off, not masked: what a former request left there may be
+        infinite, and zero times infinity is not zero.
+        """
+        used = pages[: -(-length // PAGE_SLOTS)]
+        k_GDN = self.k_PGDS[used].permute(1, 2, 0, 3).flatten(2)[..., :length]
+        v_GND = self.v_PGSD[used].transpose(0, 1).flatten(1, 2)[:, :length]
+        return k_GDN.float(), v_GND.float()
+
+
+class PageStore:
+    """The pages of a stage's layers. Memory is committed as pages are first written."""
+
+    def __init__(self, layers: int, pages: int, kv_heads: int, head_dim: int) -> None:
+        keys = _lazy_zeros((layers, pages, kv_heads, head_dim, PAGE_SLOTS))
+        values = _lazy_zeros((layers, pages, kv_heads, PAGE_SLOTS, head_dim))
+        self.layers = [LayerPages(k, v) for k, v in zip(keys, values, strict=True)]
+        self.n_bytes = 2 * keys.numel() * keys.element_size()
+
+
+def _lazy_zeros(shape: tuple[int, ...]) -> torch.Tensor:
+    """FP16 zeros from calloc, so that an unused page costs no memory (torch.zeros would touch
+    all)."""
+    return torch.from_numpy(np.zeros(shape, dtype=np.float16))

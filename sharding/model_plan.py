@@ -1,0 +1,61 @@
+"""A plan for a model file on real devices, with the defaults that a user did not choose.
+
+Not here: the division itself (`planner.py`). Neither torch nor ray, so that `longspan plan` answers
+at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from sharding.cost import TensorSize, fp32_resident, model_costs
+from sharding.errors import ConfigError
+from sharding.gguf.reader import GGUFFile
+from sharding.model.arch import read_shape
+from sharding.planner import Device, Plan, largest_context, make_plan
+
+CONTEXTS_HELD = 8
+"""KV is reserved for up to so many full contexts, if memory allows: that many requests run at
+once."""
+
+RESIDENT: dict[str, Callable[[TensorSize], int]] = {"reference": fp32_resident}
+"""What each kernel set keeps of a tensor. Here, not in the sets: planning must not import torch."""
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """A plan whose `plan.kv_tokens` serve requests of up to `context` tokens each."""
+
+    plan: Plan
+    context: int
+    max_context: int
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a user asked for; None leaves it to the model and the memory."""
+
+    context: int | None = None
+    kv_tokens: int | None = None
+    kernels: str = "reference"
+
+
+def plan_model(file: GGUFFile, devices: Sequence[Device], wanted: Wanted) -> ModelPlan:
+    """Divide the model of a file over devices.
+
+    By default the context is the one the model was trained for, or what fits; the KV holds
+    `CONTEXTS_HELD` of them, or what fits. Raises `DoesNotFitError` with the largest context that
+    would, `ModelFileError`.
+    """
+    shape = read_shape(file.metadata)
+    costs = model_costs(shape, file.tensors, RESIDENT[wanted.kernels])
+    largest = largest_context(costs, devices)
+    context = wanted.context or max(1, min(shape.train_context, largest))
+    kv_tokens = wanted.kv_tokens or max(context, min(largest, CONTEXTS_HELD * context))
+    if kv_tokens < context:
+        raise ConfigError(
+            f"kv_tokens of {kv_tokens} cannot hold one context of {context}; "
+            "raise it or lower the context"
+        )
+    return ModelPlan(make_plan(costs, devices, kv_tokens), context, largest)

@@ -1,0 +1,285 @@
+"""Which stage holds what: costs + devices -> `Plan`, or the reason why not with numbers.
+
+Not here: asking a machine what memory it has, and placing actors. Pure functions on integers: the
+same costs and devices give the same plan everywhere, and `longspan plan` needs no GPU to answer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from functools import cache
+from math import lcm
+
+from sharding.batch import MAX_CHUNK, PAGE_SLOTS
+from sharding.cost import ModelCosts, activation_bytes, buffer_bytes
+from sharding.errors import ConfigError, DoesNotFitError
+
+
+@dataclass(frozen=True)
+class Device:
+    """Memory that one stage may fill."""
+
+    name: str
+    free_bytes: int
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage: layers `[layers.start, layers.stop)` on a device, and the bytes they take."""
+
+    device: Device
+    layers: range
+    weights_bytes: int
+    kv_bytes: int
+    activation_bytes: int
+    buffer_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """All that the stage allocates."""
+        return self.weights_bytes + self.kv_bytes + self.activation_bytes + self.buffer_bytes
+
+    @property
+    def headroom_bytes(self) -> int:
+        """What the device has left; never below 0 in a plan that `make_plan` returned."""
+        return self.device.free_bytes - self.total_bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Stages in the order of their layers. `context`: tokens of KV that were asked for;
+    `kv_tokens`: the same in whole pages of `page_slots`, which every stage holds for its layers."""
+
+    stages: tuple[StagePlan, ...]
+    context: int
+    kv_tokens: int
+    page_slots: int
+
+    @property
+    def pages(self) -> int:
+        """Pages that every stage reserves."""
+        return self.kv_tokens // self.page_slots
+
+    @property
+    def kv_bytes(self) -> int:
+        """KV of all stages together."""
+        return sum(stage.kv_bytes for stage in self.stages)
+
+
+def make_plan(
+    costs: ModelCosts,
+    devices: Sequence[Device],
+    kv_tokens: int,
+    chunk_tokens: int = MAX_CHUNK,
+) -> Plan:
+    """Cut the layers into one stage per device, in the given order, so that the fullest device is
+    as empty as it can be (the largest `total_bytes / free_bytes` is least).
+
+    `kv_tokens` is rounded up to whole pages. Among equals the second fullest device decides, and so
+    on; then earlier stages get fewer layers. Extra layers belong on later stages: later chunks of a
+    prompt cost more, so while a late stage works on one chunk, the next and dearer chunk is already
+    on the stages before it and would be the one to wait for. Raises `ConfigError` for impossible
+    numbers and `DoesNotFitError` with the largest context that fits.
+    """
+    _check(costs, devices, chunk_tokens)
+    if kv_tokens < 1:
+        raise ConfigError(f"a context of {kv_tokens} tokens was asked for; it must be at least 1")
+    plan = _best(_Demand(costs, kv_tokens, chunk_tokens), devices)
+    if any(stage.headroom_bytes < 0 for stage in plan.stages):
+        raise _does_not_fit(costs, devices, plan, chunk_tokens)
+    return plan
+
+
+def largest_context(
+    costs: ModelCosts, devices: Sequence[Device], chunk_tokens: int = MAX_CHUNK
+) -> int:
+    """Most tokens of KV that any split over these devices holds, in whole pages; 0 if not a page.
+
+    Exact: bytes grow with every page on every stage, so bisection over pages finds the border.
+    Raises `ConfigError` as `make_plan` does.
+    """
+    _check(costs, devices, chunk_tokens)
+    page_bytes = PAGE_SLOTS * costs.layers * costs.kv_bytes_per_token_per_layer
+    fits, too_many = 0, sum(device.free_bytes for device in devices) // page_bytes + 1
+    while too_many - fits > 1:
+        middle = (fits + too_many) // 2
+        if _any_fits(_Demand(costs, middle * PAGE_SLOTS, chunk_tokens), devices):
+            fits = middle
+        else:
+            too_many = middle
+    return fits * PAGE_SLOTS
+
+
+def _check(costs: ModelCosts, devices: Sequence[Device], chunk_tokens: int) -> None:
+    if not devices:
+        raise ConfigError("no device was given; at least 1 is needed")
+    if len(devices) > costs.layers:
+        raise ConfigError(
+            f"{len(devices)} devices for {costs.layers} layers: each stage needs a layer, "
+            f"use at most {costs.layers} devices"
+        )
+    for device in devices:
+        if device.free_bytes < 1:
+            raise ConfigError(f"device {device.name} has {device.free_bytes} bytes free")
+    if chunk_tokens < 1:
+        raise ConfigError(f"chunks of {chunk_tokens} tokens were asked for; at least 1 is needed")
+
+
+class _Demand:
+    """What stages of a model need for a given context. A stage's bytes only grow when it gains a
+    layer at either end: both searches below rely on it."""
+
+    def __init__(self, costs: ModelCosts, context: int, chunk_tokens: int) -> None:
+        self.costs = costs
+        self.context = context
+        self.kv_tokens = -(-context // PAGE_SLOTS) * PAGE_SLOTS
+        self.chunk_tokens = chunk_tokens
+        self.total_bytes = cache(self._total_bytes)
+
+    def stage(self, device: Device, start: int, stop: int) -> StagePlan:
+        costs, last = self.costs, stop == self.costs.layers
+        layer_kv_bytes = self.kv_tokens * costs.kv_bytes_per_token_per_layer
+        return StagePlan(
+            device=device,
+            layers=range(start, stop),
+            weights_bytes=costs.weights_bytes(start, stop),
+            kv_bytes=(stop - start) * layer_kv_bytes,
+            activation_bytes=activation_bytes(costs.shape, self.chunk_tokens, last=last),
+            buffer_bytes=buffer_bytes(costs.shape, self.chunk_tokens),
+        )
+
+    def _total_bytes(self, start: int, stop: int) -> int:
+        return self.stage(Device("any", 1), start, stop).total_bytes
+
+
+_Split = tuple[tuple[int, ...], tuple[int, ...]]
+"""Shares of the devices by falling size, then the first layer of each stage: the better of two
+splits is the smaller tuple."""
+
+
+def _best(demand: _Demand, devices: Sequence[Device]) -> Plan:
+    """The best split, whether or not it fits, by dynamic programming from the last stage back.
+
+    `best[start]` is the best way to put layers `[start, layers)` on the stages from `index` on. A
+    share is multiplied by the least common multiple of all sizes: exact integers, no rounding.
+    """
+    layers, common = demand.costs.layers, lcm(*(device.free_bytes for device in devices))
+    best: dict[int, _Split] = {layers: ((), ())}
+    for index in reversed(range(len(devices))):
+        scale, after = common // devices[index].free_bytes, best
+        starts = range(index, max(after)) if index else range(1)
+        best = {start: _best_from(demand, start, scale, after) for start in starts}
+    starts_of = best[0][1]
+    stages = map(demand.stage, devices, starts_of, (*starts_of[1:], layers))
+    return Plan(tuple(stages), demand.context, demand.kv_tokens, PAGE_SLOTS)
+
+
+def _best_from(demand: _Demand, start: int, scale: int, after: Mapping[int, _Split]) -> _Split:
+    """The best split of layers `[start, layers)`, given the best of what comes `after` a stage
+    that begins at `start`."""
+    found: _Split | None = None
+    for stop in range(max(start + 1, min(after)), max(after) + 1):
+        share = demand.total_bytes(start, stop) * scale
+        if found is not None and share > found[0][0]:
+            break  # the fullest already, and every later stop makes it fuller
+        shares, starts = after[stop]
+        split = tuple(sorted((*shares, share), reverse=True)), (start, *starts)
+        found = split if found is None else min(found, split)
+    assert found is not None, "every start leaves a layer for each later stage"
+    return found
+
+
+def _any_fits(demand: _Demand, devices: Sequence[Device]) -> bool:
+    """Whether any split fits, in one pass over the layers per device.
+
+    `ends`: where the stages so far can end, ascending. A stage that starts later reaches at least
+    as far, so the farthest end only moves forward.
+    """
+    layers = demand.costs.layers
+    ends = [0]
+    for index, device in enumerate(devices):
+        most = layers - (len(devices) - 1 - index)
+        starts, ends, far = ends, [], 0
+        for start in starts:
+            far = max(far, start)
+            while far < most and demand.total_bytes(start, far + 1) <= device.free_bytes:
+                far += 1
+                ends.append(far)
+    return layers in ends
+
+
+def _does_not_fit(
+    costs: ModelCosts, devices: Sequence[Device], plan: Plan, chunk_tokens: int
+) -> DoesNotFitError:
+    longest = largest_context(costs, devices, chunk_tokens)
+    if longest == 0:
+        return DoesNotFitError(_weights_message(costs, devices, chunk_tokens), 0)
+    on = "1 stage" if len(devices) == 1 else f"{len(devices)} stages"
+    fitting = _best(_Demand(costs, longest, chunk_tokens), devices)
+    free = sum(stage.headroom_bytes for stage in fitting.stages) + fitting.kv_bytes
+    # Whole layers seldom fill every device, so the sum can suffice where no split does.
+    unusable = ", but no split by whole layers can use all of it" if free >= plan.kv_bytes else ""
+    return DoesNotFitError(
+        f"context of {plan.context} needs {format_bytes(plan.kv_bytes)} of KV on {on}, "
+        f"{format_bytes(free)} is free for it{unusable}; the largest that fits is {longest}; "
+        "use a shorter context or add a device",
+        longest,
+    )
+
+
+def _weights_message(costs: ModelCosts, devices: Sequence[Device], chunk_tokens: int) -> str:
+    """Which stages lack how much, in the best split for the shortest context there is."""
+    plan = _best(_Demand(costs, PAGE_SLOTS, chunk_tokens), devices)
+    lacks = [
+        f"stage {index} on {stage.device.name} lacks {format_bytes(-stage.headroom_bytes)} "
+        f"(layers [{stage.layers.start}, {stage.layers.stop}) need "
+        f"{format_bytes(stage.weights_bytes)} for weights, {format_bytes(stage.kv_bytes)} for one "
+        f"page of KV, {format_bytes(stage.activation_bytes + stage.buffer_bytes)} for activations "
+        f"and buffers; {format_bytes(stage.device.free_bytes)} is free)"
+        for index, stage in enumerate(plan.stages)
+        if stage.headroom_bytes < 0
+    ]
+    return (
+        "the model does not fit, even without context: " + ", ".join(lacks) + "; "
+        "add a device, use larger ones or a smaller quantisation of the model"
+    )
+
+
+_PREFIXES = ("", "K", "M", "G", "T")
+_UNITS = {f"{prefix}B": 1000**power for power, prefix in enumerate(_PREFIXES)} | {
+    f"{prefix}iB": 1024**power for power, prefix in enumerate(_PREFIXES) if power
+}
+_FACTORS = {"": 1} | {unit.upper(): factor for unit, factor in _UNITS.items()}
+_SIZE = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,18})?) ?([A-Za-z]*)")
+_MOST_BYTES = 1 << 50  # 1 PiB: beyond any device, so a slip of the keyboard
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of "24GiB", "24GB", "1.5 GiB" or "1000" (no unit: bytes), rounded down.
+
+    Units ignore case; a bare "G" is refused because it means two things. Raises `ConfigError` for
+    anything else, for less than 1 byte and for more than 1 PiB.
+    """
+    found = _SIZE.fullmatch(text.strip())
+    factor = _FACTORS.get(found[2].upper()) if found else None
+    if found is None or factor is None:
+        raise ConfigError(
+            f"{text!r:.60} is not a size; write a number and one of {', '.join(_UNITS)}, like 24GiB"
+        )
+    size = int(Decimal(found[1]) * factor)
+    if not 1 <= size <= _MOST_BYTES:
+        raise ConfigError(f"{text!r:.60} is {size} bytes, outside [1, {_MOST_BYTES}]")
+    return size
+
+
+def format_bytes(n: int) -> str:
+    """A size for people, like "34.4 GiB"; `n` is at least 0."""
+    if n < 1024:
+        return f"{n} B"
+    value, unit = n / 1024, 1
+    while round(value, 1) >= 1024 and unit < len(_PREFIXES) - 1:
+        value, unit = value / 1024, unit + 1
+    return f"{value:.1f} {_PREFIXES[unit]}iB"

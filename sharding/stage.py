@@ -1,0 +1,215 @@
+"""A stage: a slice of a model's layers, their weights and their KV pages, on one device.
+
+It computes what a batch says and keeps only soft state (page tables, sampling histories, KV). Not
+here: Ray, sockets, the choice of what to compute next.
+
+    T tokens of the batch, I hidden size, V vocabulary
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+import torch
+
+from sharding.batch import PAGE_SLOTS, Batch, Choice, Opened, Segment, SegmentResult
+from sharding.cost import LOGIT_ROWS
+from sharding.errors import StageError
+from sharding.gguf.reader import GGUFFile
+from sharding.kernels import Kernels, Weight, load_kernels
+from sharding.model.arch import read_shape
+from sharding.model.attention import build_index
+from sharding.model.block import Block, Decoder, load_block
+from sharding.model.kv_cache import PageStore
+from sharding.model.rope import frequencies
+from sharding.model.sampling import History, draw, score
+from sharding.model.weights import (
+    EMBEDDING,
+    OUTPUT_NORM,
+    ROPE_FACTORS,
+    check_tensors,
+    load_head,
+    load_vector,
+)
+from sharding.stage_spec import StageSpec
+
+
+@dataclass
+class _Open:
+    """A request on this stage: its page table, and what sampling remembers of it (last stage
+    only)."""
+
+    opened: Opened
+    table: torch.Tensor
+    history: History | None = None
+
+
+@dataclass
+class StageOutput:
+    """What one batch made: hidden states `[T, I]` for the next stage, or results from the last."""
+
+    hidden_TI: torch.Tensor | None = None
+    segments: list[SegmentResult] = field(default_factory=list)
+
+
+class Stage:
+    """One loaded stage. Not thread-safe: one batch at a time, in the order of the pipeline."""
+
+    def __init__(
+        self, spec: StageSpec, file: GGUFFile, report: Callable[[float], None] = lambda share: None
+    ) -> None:
+        """Load the slice; `report` hears the share loaded, 0 to 1. Raises `ModelFileError`."""
+        self.spec = spec
+        self.shape = read_shape(file.metadata)
+        check_tensors(file, self.shape)
+        self.kernels: Kernels = load_kernels(spec.kernels)
+        self._decoder = Decoder(self.shape, self.kernels)
+        factors = load_vector(file, ROPE_FACTORS) if ROPE_FACTORS in file.tensors else None
+        self._freqs_R = frequencies(self.shape, factors)
+        self._embedding = self.kernels.pack(file, [EMBEDDING]) if self.is_first else None
+        self._blocks = list(self._load_blocks(file, report))
+        self._head: Weight | None = None
+        if self.is_last:
+            self._head = load_head(file, self.kernels, self._embedding)
+            self._output_norm_I = load_vector(file, OUTPUT_NORM)
+        self._pages = PageStore(
+            len(self._blocks), spec.pages, self.shape.kv_heads, self.shape.head_dim
+        )
+        self._open: dict[int, _Open] = {}
+        report(1.0)
+
+    def _load_blocks(self, file: GGUFFile, report: Callable[[float], None]) -> Iterator[Block]:
+        for layer in range(self.spec.start, self.spec.stop):
+            report((layer - self.spec.start) / (self.spec.stop - self.spec.start))
+            yield load_block(file, layer, self.kernels)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it embeds tokens."""
+        return self.spec.start == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether it draws tokens."""
+        return self.spec.stop == self.shape.layers
+
+    @property
+    def weights_bytes(self) -> int:
+        """Resident bytes of the weights; a head shared with the embedding counts once."""
+        extra = {id(w): w.n_bytes for w in (self._embedding, self._head) if w is not None}
+        return sum(block.n_bytes for block in self._blocks) + sum(extra.values())
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes that the KV pages take when all are used."""
+        return self._pages.n_bytes
+
+    @property
+    def pages_used(self) -> int:
+        """Pages that open requests own."""
+        return sum(len(entry.opened.pages) for entry in self._open.values())
+
+    def reset(self) -> None:
+        """Forget every request: a new epoch of the pipeline begins."""
+        self._open.clear()
+
+    def forward(self, batch: Batch, hidden_TI: torch.Tensor | None) -> StageOutput:
+        """Apply a batch: closings, openings, then its segments.
+
+        `hidden_TI` comes from the stage before, None on the first. Raises `StageError` when the
+        batch cannot be computed; openings and closings have taken effect even then.
+        """
+        self.apply_books(batch)
+        if not batch.segments:
+            return StageOutput()
+        hidden_TI = self.hidden(batch, hidden_TI)
+        if not self.is_last:
+            return StageOutput(hidden_TI=hidden_TI)
+        return StageOutput(segments=list(self._results(batch, hidden_TI)))
+
+    def apply_books(self, batch: Batch) -> None:
+        """Close and open the requests that the batch names."""
+        for request in batch.closed:
+            self._open.pop(request, None)
+        for opened in batch.opened:
+            entry = _Open(opened, torch.tensor(opened.pages, dtype=torch.int64))
+            if self.is_last and opened.sampling.needs_history:
+                entry.history = History(self.shape.vocab)
+            self._open[opened.request] = entry
+
+    @torch.inference_mode()
+    def hidden(self, batch: Batch, hidden_TI: torch.Tensor | None) -> torch.Tensor:
+        """Hidden states `[T, I]` after this stage's layers; writes the batch's KV."""
+        self._check(batch)
+        tables = {segment.request: self._open[segment.request].table for segment in batch.segments}
+        index = build_index(batch.segments, tables, self.shape, self._freqs_R)
+        if self._embedding is not None:
+            ids = [token for segment in batch.segments for token in segment.tokens]
+            hidden_TI = self.kernels.embed(self._embedding, torch.tensor(ids))
+        if hidden_TI is None or hidden_TI.shape != (batch.n_tokens, self.shape.hidden):
+            got = None if hidden_TI is None else list(hidden_TI.shape)
+            raise StageError(f"hidden states {got} for {batch.n_tokens} x {self.shape.hidden}")
+        for block, pages in zip(self._blocks, self._pages.layers, strict=True):
+            hidden_TI = self._decoder.run(block, hidden_TI, index, pages)
+        return hidden_TI
+
+    @torch.inference_mode()
+    def logits(self, hidden_TI: torch.Tensor) -> torch.Tensor:
+        """Logits `[T, V]` of hidden states from the last layer (last stage only)."""
+        assert self._head is not None, "only the last stage has a head"
+        normed = self.kernels.rms_norm(hidden_TI, self._output_norm_I, self.shape.norm_eps)
+        return self.kernels.matmul(normed, self._head)
+
+    def _check(self, batch: Batch) -> None:
+        """The engine is trusted to be sane, its bytes are not: an index out of range would corrupt
+        KV."""
+        for segment in batch.segments:
+            entry = self._open.get(segment.request)
+            if entry is None:
+                raise StageError(f"request {segment.request} is not open on this stage")
+            room, stop = len(entry.opened.pages) * PAGE_SLOTS, segment.start + len(segment.tokens)
+            if stop > room:
+                raise StageError(f"request {segment.request}: position {stop} of {room} reserved")
+            if max(segment.tokens, default=0) >= self.shape.vocab:
+                raise StageError(f"request {segment.request}: token id beyond {self.shape.vocab}")
+
+    def _results(self, batch: Batch, hidden_TI: torch.Tensor) -> Iterator[SegmentResult]:
+        stops = list(accumulate(len(segment.tokens) for segment in batch.segments))
+        ends = [stop - 1 for stop, at in zip(stops, batch.segments, strict=True) if at.sample]
+        logits = self._rows_of_logits(hidden_TI[ends])
+        for segment, stop in zip(batch.segments, stops, strict=True):
+            self._remember(segment)
+            logits_V = next(logits) if segment.sample else None
+            rows_TI = hidden_TI[stop - len(segment.tokens) : stop]
+            try:
+                scores = list(self._scores(segment, rows_TI))
+                drawn = None if logits_V is None else self._draw(segment, logits_V)
+            except StageError as error:
+                yield SegmentResult(segment.request, error=str(error))
+            else:
+                yield SegmentResult(segment.request, drawn, scores)
+
+    def _rows_of_logits(self, hidden_TI: torch.Tensor) -> Iterator[torch.Tensor]:
+        for slab in hidden_TI.split(LOGIT_ROWS):
+            yield from self.logits(slab)
+
+    def _remember(self, segment: Segment) -> None:
+        entry = self._open[segment.request]
+        if entry.history is None:
+            return
+        border = max(0, entry.opened.prompt_tokens - segment.start)
+        entry.history.add_prompt(segment.tokens[:border])
+        entry.history.add_output(segment.tokens[border:])
+
+    def _draw(self, segment: Segment, logits_V: torch.Tensor) -> Choice:
+        entry, position = self._open[segment.request], segment.start + len(segment.tokens)
+        drawn = position - entry.opened.prompt_tokens
+        return draw(logits_V, entry.opened.sampling, position, drawn, entry.history)
+
+    def _scores(self, segment: Segment, hidden_TI: torch.Tensor) -> Iterator[Choice]:
+        for first in range(0, len(segment.targets), LOGIT_ROWS):
+            targets = segment.targets[first : first + LOGIT_ROWS]
+            logits_TV = self.logits(hidden_TI[first : first + len(targets)])
+            yield from score(logits_TV, targets, segment.alternatives)

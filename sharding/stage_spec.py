@@ -1,0 +1,16 @@
+"""What a stage is told to hold. Apart from `stage.py`, so that planning does not import torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """Layers `[start, stop)` of the model file `model`, and so many KV pages."""
+
+    model: str
+    start: int
+    stop: int
+    pages: int
+    kernels: str = "reference"

@@ -1,0 +1,138 @@
+"""The engine over stages of this process: what requests get, together, alone, cancelled or
+broken."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+
+import pytest
+
+from actors.engine import Engine
+from actors.request import Event, GenerateRequest
+from sharding.batch import Batch, SamplingParams
+from sharding.errors import ContextLengthError, StageError, UnavailableError
+from sharding.gguf.reader import GGUFFile
+from tests.stages import GREEDY, generate, local_engine, tokens_of
+from tests.tiny_gguf import tiny_llama
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    """Two tiny stages."""
+    with closing(local_engine(GGUFFile.from_bytes(tiny_llama()))) as running:
+        yield running
+
+
+def collect(engine: Engine, requests: list[GenerateRequest]) -> list[list[Event]]:
+    """Run requests together."""
+    sinks: list[queue.SimpleQueue[Event]] = [queue.SimpleQueue() for _ in requests]
+    for request, sink in zip(requests, sinks, strict=True):
+        engine.submit(request, sink.put)
+    heard: list[list[Event]] = []
+    for sink in sinks:
+        events = [sink.get(timeout=60)]
+        while not events[-1].last:
+            events.append(sink.get(timeout=60))
+        heard.append(events)
+    return heard
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3])
+def test_requests_sent_together_get_what_each_gets_alone(stages: int) -> None:
+    file = GGUFFile.from_bytes(tiny_llama(layers=5))
+    sampled = SamplingParams(temperature=0.9, top_p=0.95, seed=11, repetition_penalty=1.1)
+    with closing(local_engine(file, stages)) as engine:
+        requests = [
+            GenerateRequest(f"r{n}", [5 + n] * (1 + 7 * n), 6 + n, GREEDY if n % 2 else sampled)
+            for n in range(8)
+        ]
+        together = [tokens_of(events) for events in collect(engine, requests)]
+        alone = [generate(engine, request) for request in requests]
+        assert together == alone
+        assert [len(tokens) for tokens in alone] == [6 + n for n in range(8)]
+
+
+def test_the_same_seed_draws_the_same_and_another_seed_does_not(engine: Engine) -> None:
+    def draw(seed: int) -> list[int]:
+        return generate(engine, GenerateRequest("s", [9, 8, 7], 20, SamplingParams(seed=seed)))
+
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+
+
+def test_a_prompt_of_several_chunks_reports_its_progress() -> None:
+    file = GGUFFile.from_bytes(tiny_llama(context=2048))
+    with closing(local_engine(file, context=2048, kv=4096)) as engine:
+        events = list(engine.generate(GenerateRequest("p", [5] * 1200, 2, GREEDY)))
+        assert [event.prompt_done for event in events[:4]] == [0, 512, 1024, 1200]
+
+
+def test_cancel_frees_the_pages_on_every_stage(engine: Engine) -> None:
+    with closing(engine.generate(GenerateRequest("c", [5] * 40, 200, GREEDY))) as events:
+        for _ in range(3):
+            next(events)
+        assert engine.stats().pages_free < engine.stats().pages
+    assert engine.stats().pages_free == engine.stats().pages
+    generate(engine, GenerateRequest("d", [5], 1, GREEDY))
+    assert [stage.pages_used for stage in engine.stats().stages] == [0, 0]
+
+
+def test_prompt_scores_are_the_log_probabilities_of_the_prompt(engine: Engine) -> None:
+    """A token scored as part of a prompt has the log-probability it had when it was drawn."""
+    asked = SamplingParams(temperature=0.0, logprobs=2)
+    drawn = list(engine.generate(GenerateRequest("a", [5, 6, 7], 6, asked)))
+    tokens = [choice for event in drawn for choice in event.tokens]
+    prompt = [5, 6, 7] + [choice.token for choice in tokens]
+    scored = list(engine.generate(GenerateRequest("b", prompt, 0, GREEDY, prompt_logprobs=2)))
+    scores = [choice for event in scored for choice in event.prompt_scores]
+    assert [choice.token for choice in scores] == prompt[1:]
+    for score, choice in zip(scores[2:], tokens, strict=True):
+        assert score.logprob == pytest.approx(choice.logprob, abs=1e-4)
+        assert [token for token, _ in score.top] == [token for token, _ in choice.top]
+
+
+def test_a_request_that_can_never_fit_is_refused(engine: Engine) -> None:
+    with pytest.raises(ContextLengthError, match="256 tokens, but 300"):
+        engine.submit(GenerateRequest("l", [5] * 290, 10, GREEDY), lambda event: None)
+
+
+def test_a_stage_that_fails_ends_its_requests_with_the_reason(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sharding.stage import Stage
+
+    def broken(self: Stage, batch: Batch, hidden: object) -> None:
+        raise StageError("the device is on fire")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stage, "hidden", broken)
+        (events,) = collect(engine, [GenerateRequest("f", [5], 4, GREEDY)])
+    assert events[-1].error == "the device is on fire"
+    assert len(generate(engine, GenerateRequest("g", [5], 4, GREEDY))) == 4
+
+
+def test_a_closed_engine_ends_its_requests_and_takes_no_more() -> None:
+    engine = local_engine(GGUFFile.from_bytes(tiny_llama()))
+    heard: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    engine.submit(GenerateRequest("x", [5], 250, GREEDY), heard.put)
+    closer = threading.Thread(target=engine.close)
+    closer.start()
+    event = heard.get(timeout=30)
+    while not event.last:
+        event = heard.get(timeout=30)
+    closer.join(timeout=30)
+    assert event.error is not None or event.finish_reason == "length"
+    with pytest.raises(UnavailableError):
+        engine.submit(GenerateRequest("y", [5], 1, GREEDY), lambda event: None)
+
+
+def test_a_model_that_cannot_be_loaded_is_reported_with_the_reason() -> None:
+    file = GGUFFile.from_bytes(tiny_llama())
+    del file.tensors["output_norm.weight"]
+    from tests.stages import local_engine as start
+
+    with pytest.raises(Exception, match="output_norm.weight"):
+        start(file)

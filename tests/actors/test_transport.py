@@ -1,0 +1,180 @@
+"""Stage edges: what is sent arrives, what a stranger sends does no harm, a dead peer is noticed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from actors.transport import HEADER, Edge, Listener, connect, edge_pair
+from sharding.errors import PeerLostError, ProtocolError
+
+SECRET = b"s" * 32
+
+
+@contextlib.contextmanager
+def joined(epoch: int = 0) -> Iterator[tuple[Edge, Edge]]:
+    """Two edges that are closed at the end."""
+    left, right = edge_pair(epoch)
+    try:
+        yield left, right
+    finally:
+        left.close()
+        right.close()
+
+
+@settings(max_examples=30)
+@given(
+    rows=st.integers(1, 40),
+    cols=st.integers(1, 300),
+    half=st.booleans(),
+    meta=st.binary(max_size=2000),
+)
+def test_frames_arrive_as_they_were_sent(rows: int, cols: int, half: bool, meta: bytes) -> None:
+    hidden = torch.randn(rows, cols, dtype=torch.float16 if half else torch.float32)
+    with joined() as (left, right):
+        left.send(2, 9, meta, hidden)
+        left.send(3, 10, b"", None)
+        frame = right.receive()
+        assert (frame.kind, frame.step, frame.meta) == (2, 9, meta)
+        assert frame.hidden is not None
+        assert torch.equal(frame.hidden, hidden)
+        assert right.receive().hidden is None
+
+
+def test_a_frame_larger_than_the_socket_buffer_arrives_whole() -> None:
+    hidden = torch.randn(512, 8192)
+    with joined() as (left, right):
+        sender = threading.Thread(target=left.send, args=(2, 1, b"meta", hidden))
+        sender.start()
+        frame = right.receive()
+        sender.join()
+        assert frame.hidden is not None
+        assert torch.equal(frame.hidden, hidden)
+
+
+def test_received_states_are_aligned_like_any_other_tensor() -> None:
+    """A GEMM may round differently on unaligned input; then stages would not be exact."""
+    with joined() as (left, right):
+        left.send(2, 1, b"odd", torch.ones(3, 5))
+        frame = right.receive()
+        assert frame.hidden is not None
+        assert frame.hidden.data_ptr() % 64 == 0
+
+
+@pytest.mark.parametrize("host", [None, "127.0.0.1"])
+def test_a_neighbour_with_the_secret_is_let_in_and_a_stranger_is_not(host: str | None) -> None:
+    listener = Listener(host)
+    stranger = connect(listener.address, b"wrong", epoch=4)
+    neighbour = connect(listener.address, SECRET, epoch=4)
+    accepted = listener.accept(SECRET, 4, timeout_s=10)
+    neighbour.send(2, 5, b"hello")
+    assert accepted.receive().meta == b"hello"
+    with pytest.raises(PeerLostError):
+        stranger.receive()
+    for edge in (stranger, neighbour, accepted):
+        edge.close()
+    listener.close()
+
+
+def test_a_unix_socket_leaves_no_file_behind() -> None:
+    listener = Listener(None)
+    path = listener.address.path
+    assert path is not None
+    assert len(os.fsencode(path)) < 108
+    listener.close()
+    assert not Path(path).parent.exists()
+
+
+def test_nobody_comes() -> None:
+    listener = Listener(None)
+    with pytest.raises(PeerLostError, match="no neighbour"):
+        listener.accept(SECRET, 0, timeout_s=0.05)
+    listener.close()
+
+
+def test_nobody_listens() -> None:
+    listener = Listener(None)
+    address = listener.address
+    listener.close()
+    with pytest.raises(PeerLostError, match="connecting"):
+        connect(address, SECRET, 0)
+
+
+def test_a_frame_of_an_old_epoch_is_refused() -> None:
+    """After a repair a late frame of the old pipeline must not be taken for a new one."""
+    left, right = edge_pair(epoch=3)
+    right.epoch = 4
+    left.send(2, 1, b"late")
+    with pytest.raises(ProtocolError, match="epoch 3 on an edge of epoch 4"):
+        right.receive()
+    left.close()
+    right.close()
+
+
+def test_a_closed_peer_is_a_lost_peer() -> None:
+    with joined() as (left, right):
+        left.close()
+        with pytest.raises(PeerLostError):
+            right.receive()
+        with pytest.raises(PeerLostError):
+            for _ in range(100):
+                right.send(2, 1, b"x", torch.zeros(512, 512))
+
+
+def test_a_peer_that_dies_in_mid_frame_is_a_lost_peer() -> None:
+    raw, other = socket.socketpair()
+    edge = Edge(other, 0)
+    raw.sendall(b"LSPN\x01\x02")
+    raw.close()
+    with pytest.raises(PeerLostError, match="closed"):
+        edge.receive()
+    edge.close()
+
+
+HOSTILE = {
+    "no magic": (b"HTTP", 1, 2, 1, 0, 0, 1, 1, 0, 4),
+    "another version": (b"LSPN", 9, 2, 1, 0, 0, 1, 1, 0, 4),
+    "unknown type": (b"LSPN", 1, 2, 77, 0, 0, 1, 1, 0, 4),
+    "a payload that contradicts its shape": (b"LSPN", 1, 2, 1, 0, 0, 2, 2, 0, 1 << 40),
+    "a payload of terabytes": (b"LSPN", 1, 2, 1, 0, 0, 1 << 31, 1 << 31, 0, 1 << 62),
+    "a meta part of gigabytes": (b"LSPN", 1, 2, 0, 0, 0, 0, 0, 1 << 31, 0),
+}
+
+
+@pytest.mark.parametrize("fields", HOSTILE.values(), ids=HOSTILE.keys())
+def test_strange_bytes_are_refused_before_anything_is_allocated(fields: tuple[object, ...]) -> None:
+    raw, other = socket.socketpair()
+    edge = Edge(other, 0)
+    raw.sendall(HEADER.pack(*fields))
+    with pytest.raises(ProtocolError):
+        edge.receive()
+    edge.close()
+    raw.close()
+
+
+@settings(max_examples=200)
+@given(st.binary(min_size=HEADER.size, max_size=HEADER.size + 64))
+def test_random_bytes_end_in_one_of_our_errors(noise: bytes) -> None:
+    raw, other = socket.socketpair()
+    edge = Edge(other, 0)
+    raw.sendall(noise)
+    raw.close()
+    with pytest.raises((ProtocolError, PeerLostError)):
+        while True:
+            edge.receive()
+    edge.close()
+
+
+def test_the_header_has_the_size_that_its_drawing_shows() -> None:
+    assert HEADER.size == 48
+    assert struct.calcsize(HEADER.format) == HEADER.size

@@ -1,0 +1,79 @@
+"""Runs stages by hand, past the engine, to look at their logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import count, pairwise
+
+import torch
+
+from actors.engine import Engine
+from actors.local import LocalStages
+from actors.request import Event, GenerateRequest
+from sharding.batch import Batch, Opened, SamplingParams, Segment
+from sharding.gguf.reader import GGUFFile
+from sharding.model.arch import read_shape
+from sharding.model_plan import Wanted, plan_model
+from sharding.planner import Device
+from sharding.stage import Stage
+from sharding.stage_spec import StageSpec
+
+GREEDY = SamplingParams(temperature=0.0)
+_steps = count()
+
+
+def load_stages(file: GGUFFile, stages: int, pages: int = 64) -> list[Stage]:
+    """The model in so many stages of about equally many layers."""
+    layers = read_shape(file.metadata).layers
+    borders = [layers * number // stages for number in range(stages + 1)]
+    name = str(file.paths[0])
+    return [Stage(StageSpec(name, *border, pages), file) for border in pairwise(borders)]
+
+
+def open_request(stages: Sequence[Stage], request: int, pages: Sequence[int]) -> None:
+    """Give a request its pages on every stage."""
+    batch = Batch(next(_steps), opened=[Opened(request, list(pages), 1, GREEDY)])
+    for stage in stages:
+        stage.forward(batch, None)
+
+
+def logits(stages: Sequence[Stage], segments: list[Segment]) -> torch.Tensor:
+    """Logits `[T, V]` of every row of one batch."""
+    batch = Batch(next(_steps), segments=segments)
+    hidden = None
+    for stage in stages:
+        hidden = stage.hidden(batch, hidden)
+    assert hidden is not None, "no stages"
+    return stages[-1].logits(hidden)
+
+
+def chunked_logits(
+    stages: Sequence[Stage], tokens: list[int], chunk: int, request: int = 1, page: int = 0
+) -> torch.Tensor:
+    """Logits `[T, V]` of a prompt that enters in chunks, in pages from number `page` on."""
+    open_request(stages, request, range(page, page + len(tokens) // 16 + 1))
+    found = [
+        logits(stages, [Segment(request, start, tokens[start : start + chunk])])
+        for start in range(0, len(tokens), chunk)
+    ]
+    return torch.cat(found)
+
+
+def local_engine(file: GGUFFile, stages: int = 2, context: int = 256, kv: int = 2048) -> Engine:
+    """A started engine over stages of this process."""
+    devices = [Device(f"part {number}", 1 << 40) for number in range(stages)]
+    planned = plan_model(file, devices, Wanted(context, kv))
+    engine = Engine(LocalStages(file, planned, "reference"))
+    engine.start()
+    engine.wait_ready()
+    return engine
+
+
+def tokens_of(events: Sequence[Event]) -> list[int]:
+    """All tokens that a request drew."""
+    return [choice.token for event in events for choice in event.tokens]
+
+
+def generate(engine: Engine, request: GenerateRequest) -> list[int]:
+    """Run one request to its end."""
+    return tokens_of(list(engine.generate(request)))
