@@ -12,7 +12,7 @@ import logging
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -98,7 +98,7 @@ class Engine:
                 self._scheduler.cancel(request_id)
             self._wake()
 
-    def generate(self, request: GenerateRequest) -> Iterator[Event]:
+    def generate(self, request: GenerateRequest) -> Generator[Event, None, None]:
         """Submit and iterate over the events; closing the iterator cancels."""
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self.submit(request, events.put)

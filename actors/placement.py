@@ -148,6 +148,10 @@ class RayStages:
         except PipelineError:
             return []
 
+    def pids(self) -> list[int]:
+        """The stages' processes, each a number on its own node."""
+        return _get([actor.pid.remote() for actor in self._actors], "asking for processes")
+
     def close(self) -> None:
         """End the actors and give their resources back."""
         for actor in self._actors:

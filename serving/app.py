@@ -37,12 +37,14 @@ from sharding.model.arch import read_shape
 from sharding.model_plan import Wanted
 
 # Requests wait in the scheduler's own queue, which knows pages and answers 429: Serve must not
-# queue before it.
-_UNLIMITED = 1_000_000
+# queue before it. Stages own the CPUs, these two only pass things on.
+_REPLICA: dict[str, Any] = {
+    "max_ongoing_requests": 1_000_000,
+    "ray_actor_options": {"num_cpus": 0},
+}
 _WATCH_PERIOD_S = 0.5
 
 
-@serve.deployment(name="engine", max_ongoing_requests=_UNLIMITED, ray_actor_options={"num_cpus": 0})
 class EngineReplica:
     """Owns one pipeline. Loads in the background: a replica that loads for minutes must still
     answer."""
@@ -53,7 +55,8 @@ class EngineReplica:
         placement = PlacementConfig(
             resolve_model(config.model), config.stages, wanted, config.threads, config.max_waiting
         )
-        self._engine = Engine(RayStages(placement))
+        self._stages = RayStages(placement)
+        self._engine = Engine(self._stages)
         self._engine.start()
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[list[Event]]:
@@ -83,6 +86,10 @@ class EngineReplica:
     async def stats(self) -> EngineStats:
         """The books."""
         return await asyncio.to_thread(self._engine.stats)
+
+    async def stage_pids(self) -> list[int]:
+        """The stages' processes, for tests that end one."""
+        return await asyncio.to_thread(self._stages.pids)
 
     def check_health(self) -> None:
         """Serve replaces the replica when this raises: only once the engine gave up repairing."""
@@ -135,18 +142,13 @@ def _cause(error: RayTaskError) -> LongspanError:
     return UnavailableError(f"the engine failed: {error.cause!r}")
 
 
-@serve.deployment(
-    name="ingress", max_ongoing_requests=_UNLIMITED, ray_actor_options={"num_cpus": 0}
-)
-@serve.ingress()
 class Ingress:
     """Tokenises, applies templates, streams. Holds nothing that outlives a request."""
 
-    async def __init__(self, options: dict[str, Any], engine: DeploymentHandle) -> None:
-        config = load_config(options)
-        model, tokenizer = await asyncio.to_thread(describe_model, config)
+    def __init__(self, options: dict[str, Any], engine: DeploymentHandle) -> None:
+        model, tokenizer = describe_model(load_config(options))
         self._service = Service(model, tokenizer, RemoteEngine(engine))
-        self._watch = asyncio.create_task(self._learn_context())
+        self._watch = asyncio.get_running_loop().create_task(self._learn_context())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve once the constructor is done."""
@@ -191,6 +193,9 @@ def build(args: dict[str, Any]) -> Application:
     """The application of `serve.yaml`: `args` are `ServeConfig`'s keys. Raises `ConfigError`."""
     config = load_config(args)
     options = config.model_dump()
-    ingress = Ingress.options(num_replicas=config.ingress_replicas)
-    app: Application = ingress.bind(options, EngineReplica.bind(options))
+    engine = serve.deployment(EngineReplica, name="engine", **_REPLICA)
+    ingress = serve.deployment(
+        serve.ingress()(Ingress), name="ingress", num_replicas=config.ingress_replicas, **_REPLICA
+    )
+    app: Application = ingress.bind(options, engine.bind(options))
     return app

@@ -45,6 +45,12 @@ class Deployment:
             stats: EngineStats = self._engine.stats.remote().result(_CALL_TIMEOUT_S)
             return stats
 
+    def stage_pids(self) -> list[int]:
+        """The stages' processes, first stage first."""
+        with _ray_errors():
+            pids: list[int] = self._engine.stage_pids.remote().result(_CALL_TIMEOUT_S)
+            return pids
+
 
 @contextlib.contextmanager
 def deployed(config: ServeConfig) -> Iterator[Deployment]:
@@ -62,7 +68,12 @@ def deployed(config: ServeConfig) -> Iterator[Deployment]:
         serve.delete(APPLICATION)
         if config.address is None:
             serve.shutdown()
-        ray.shutdown()
+        stop_ray()
+
+
+def stop_ray() -> None:
+    """Leave the cluster; one that was started here ends."""
+    ray.shutdown()
 
 
 def start_ray(address: str | None) -> None:

@@ -7,20 +7,21 @@ import platform
 import subprocess
 from pathlib import Path
 
+_VECTORS: list[str] = ["avx512_vnni", "avx512f", "avx2", "asimd"]
+
 
 def describe_machine() -> str:
     """One line, such as `2 x AMD EPYC, 23.4 GiB, avx512_vnni, Linux 6.1`."""
     info = Path("/proc/cpuinfo").read_text()
-    fields = dict(
-        (part.strip() for part in line.split(":", 1)) for line in info.splitlines() if ":" in line
-    )
+    lines = (line.partition(":") for line in info.splitlines())
+    fields = {key.strip(): value.strip() for key, _, value in lines}
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     flags = fields.get("flags", "").split()
-    vectors = [name for name in ("avx512_vnni", "avx512f", "avx2", "asimd") if name in flags]
+    vectors = [name for name in _VECTORS if name in flags] or ["no vectors"]
     name = fields.get("model name", platform.machine())
     kernel = f"{platform.system()} {platform.release()}"
     cores = len(os.sched_getaffinity(0))
-    return f"{cores} x {name}, {memory:.1f} GiB, {(vectors or ['no vectors'])[0]}, {kernel}"
+    return f"{cores} x {name}, {memory:.1f} GiB, {vectors[0]}, {kernel}"
 
 
 def describe_commit() -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field
+from pydantic import BaseModel, ConfigDict, FailFast, Field, model_serializer
 
 MOST_CHOICES = 8
 MOST_STOPS = 16
@@ -194,6 +194,12 @@ class Delta(BaseModel):
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+
+    @model_serializer
+    def only_what_is_added(self) -> dict[str, str]:
+        """Clients that merge deltas would take a null for a value."""
+        fields = {"role": self.role, "content": self.content}
+        return {name: value for name, value in fields.items() if value is not None}
 
 
 class ChunkChoice(BaseModel):

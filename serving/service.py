@@ -83,12 +83,15 @@ class Tokenizer(Protocol):
 
     def token_text(self, token: int, /) -> str: ...
 
-    def incremental(self, skip_special: bool = True) -> Decoder: ...
+    def incremental(self, *, skip_special: bool = True) -> Decoder: ...
 
 
-@dataclass(frozen=True)
+@dataclass
 class Service:
-    """One served model with everything that answers for it."""
+    """One served model with everything that answers for it.
+
+    `model` may be replaced while serving: how long a context fits is known only after loading.
+    """
 
     model: ServedModel
     tokenizer: Tokenizer

@@ -4,9 +4,11 @@ beside."""
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.table import Table
 
 from actors.stats import EngineStats
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from serving.bench import BenchRow
     from serving.generate import LocalModel
 
+_PLAN_SIZES = ("weights", "KV", "work", "total", "headroom")
 _BENCH = "{:<28} {:>6} {:>7} {:>22} {:>20}"
 
 
@@ -42,15 +45,12 @@ def plan_record(planned: ModelPlan) -> dict[str, Any]:
 def plan_table(planned: ModelPlan) -> Table:
     """A plan for people."""
     title = f"context {planned.context} fits; the largest that would is {planned.max_context}"
-    table = Table("stage", "device", "layers", title=title)
-    for heading in ("weights", "KV", "activations", "buffers", "total", "headroom"):
-        table.add_column(heading, justify="right")
+    table = _table(title, ("#", "device", "layers"), _PLAN_SIZES)
     for number, stage in enumerate(planned.plan.stages):
         sizes = (
             stage.weights_bytes,
             stage.kv_bytes,
-            stage.activation_bytes,
-            stage.buffer_bytes,
+            stage.activation_bytes + stage.buffer_bytes,
             stage.total_bytes,
             stage.headroom_bytes,
         )
@@ -61,9 +61,8 @@ def plan_table(planned: ModelPlan) -> Table:
 
 def stage_table(stats: EngineStats) -> Table:
     """Where the stages run and what they hold."""
-    table = Table("stage", "node", "device", "layers", title="stages")
-    for heading in ("weights", "KV tokens", "KV"):
-        table.add_column(heading, justify="right")
+    sizes = ("weights", "KV tokens", "KV")
+    table = _table("stages", ("#", "node", "device", "layers"), sizes)
     for stage in stats.stages:
         table.add_row(
             str(stage.stage),
@@ -74,6 +73,16 @@ def stage_table(stats: EngineStats) -> Table:
             f"{stage.kv_tokens:,}",
             format_bytes(stage.kv_bytes),
         )
+    return table
+
+
+def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
+    """Columns that never wrap: a size cut in two lines cannot be read."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for heading in left:
+        table.add_column(heading, no_wrap=True)
+    for heading in right:
+        table.add_column(heading, no_wrap=True, justify="right")
     return table
 
 

@@ -11,9 +11,12 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from actors.request import STOP, Event
+from actors.request import LENGTH, Event
+from serving.openai import FinishReason
 from serving.service import Tokenizer
 from sharding.batch import Choice, SamplingParams
+
+_LEAST_LOGPROB = -9999.0  # OpenAI's own value for "impossible"
 
 
 def token_name(tokenizer: Tokenizer, token: int) -> str:
@@ -24,6 +27,11 @@ def token_name(tokenizer: Tokenizer, token: int) -> str:
         return raw.decode()
     except UnicodeDecodeError:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def finite(logprob: float | None) -> float:
+    """A log-probability as JSON has it: no infinity, `_LEAST_LOGPROB` for what cannot be drawn."""
+    return _LEAST_LOGPROB if logprob is None else max(logprob, _LEAST_LOGPROB)
 
 
 class StopMatcher:
@@ -88,7 +96,7 @@ class Piece:
     text: str = ""
     tokens: list[PlacedToken] = field(default_factory=list)
     prompt_scores: list[Choice] = field(default_factory=list)
-    finish_reason: str | None = None
+    finish_reason: FinishReason | None = None
 
 
 class AnswerText:
@@ -99,7 +107,7 @@ class AnswerText:
     ) -> None:
         """`skip`: leave special tokens out of the text."""
         self.drawn = 0
-        self.finish_reason: str | None = None
+        self.finish_reason: FinishReason | None = None
         self._decoder = tokenizer.incremental(skip_special=skip)
         self._sampling = sampling
         self._matcher = StopMatcher(stops)
@@ -120,7 +128,10 @@ class AnswerText:
                 break
         if event.finish_reason is not None and self._cut is None:
             self._append(self._decoder.finish())
-        self.finish_reason = event.finish_reason if self._cut is None else STOP
+        if self._cut is not None:
+            self.finish_reason = "stop"
+        elif event.finish_reason is not None:
+            self.finish_reason = "length" if event.finish_reason == LENGTH else "stop"
         text, tokens = self._release()
         return Piece(text, tokens, event.prompt_scores, self.finish_reason)
 

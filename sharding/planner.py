@@ -196,16 +196,16 @@ def _any_fits(demand: _Demand, devices: Sequence[Device]) -> bool:
     """Whether any split fits, in one pass over the layers per device.
 
     `ends`: where the stages so far can end, ascending. A stage that starts later reaches at least
-    as far, so the farthest end only moves forward.
+    as far, so the farthest end only moves forward. An end that leaves too few layers for the stages
+    to come dies out by itself.
     """
     layers = demand.costs.layers
     ends = [0]
-    for index, device in enumerate(devices):
-        most = layers - (len(devices) - 1 - index)
+    for device in devices:
         starts, ends, far = ends, [], 0
         for start in starts:
             far = max(far, start)
-            while far < most and demand.total_bytes(start, far + 1) <= device.free_bytes:
+            while far < layers and demand.total_bytes(start, far + 1) <= device.free_bytes:
                 far += 1
                 ends.append(far)
     return layers in ends

@@ -99,7 +99,8 @@ class Stage:
     def weights_bytes(self) -> int:
         """Resident bytes of the weights; a head shared with the embedding counts once."""
         extra = {id(w): w.n_bytes for w in (self._embedding, self._head) if w is not None}
-        return sum(block.n_bytes for block in self._blocks) + sum(extra.values())
+        norm = self._output_norm_I.nbytes if self.is_last else 0
+        return sum(block.n_bytes for block in self._blocks) + sum(extra.values()) + norm
 
     @property
     def kv_bytes(self) -> int:

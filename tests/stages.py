@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from itertools import count, pairwise
 
 import torch
@@ -77,3 +78,11 @@ def tokens_of(events: Sequence[Event]) -> list[int]:
 def generate(engine: Engine, request: GenerateRequest) -> list[int]:
     """Run one request to its end."""
     return tokens_of(list(engine.generate(request)))
+
+
+def wait_until(done: Callable[[], bool], timeout_s: float = 30.0) -> None:
+    """Poll until something is true; fail after the timeout."""
+    deadline = time.monotonic() + timeout_s
+    while not done():
+        assert time.monotonic() < deadline, f"not within {timeout_s} s"
+        time.sleep(0.05)

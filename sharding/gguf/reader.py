@@ -12,9 +12,8 @@ The layout, little endian, with string = u64 length, then UTF-8 bytes:
     tensors x (string name | u32 n_dims | u64 dims[n_dims] | u32 type | u64 offset)
     padding to general.alignment, from where the offsets count, then the tensors' bytes
 
-Versions 2 and 3 do not differ in it. Source: the GGUF specification (ggml, docs/gguf.md). A split
-set adds `split.no`, `split.count` and `split.tensors.count` to each part, and only the first part
-carries the other keys.
+Versions 2 and 3 agree in it. Source: the GGUF specification (ggml, docs/gguf.md). Each part of a
+split set has `split.no`, `split.count` and `split.tensors.count`, only the first has other keys.
 """
 
 from __future__ import annotations
@@ -23,10 +22,8 @@ import math
 import mmap
 import os
 import stat
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn, Self, TypeAlias
 
@@ -39,42 +36,24 @@ from sharding.gguf.quants import FORMATS, QuantFormat
 Value: TypeAlias = bool | int | float | str | list[str] | NDArray[Any]
 """A metadata value. Arrays of numbers are read-only and may be unaligned."""
 
+# Ten times the largest vocabularies; bounds the memory that a huge hostile file spends on strings.
 _MAX_HEADER_BYTES = 1 << 28
-"""Most bytes before the tensors' data: ten times the largest vocabularies, and what bounds the
-memory that a hostile file of many gigabytes can make us spend on strings."""
-
 _MAX_KEY_BYTES = (1 << 16) - 1
 _MAX_NAME_BYTES = 256  # the specification says 64, converters write more
-_MAX_ALIGNMENT = 1 << 16
 _MAX_PARTS = 99999  # five digits in a part's file name
-_LEAST_KEY_BYTES = 8 + 1 + 4 + 1
-_LEAST_TENSOR_BYTES = 8 + 1 + 4 + 8 + 4 + 8
-_LEAST_STRING_BYTES = 8
 
-_NUMBERS = {
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "?",
-    10: "Q",
-    11: "q",
-    12: "d",
-}
-"""GGUF's number types as codes that `struct` and numpy share."""
+_CODES = {0: "u1", 1: "i1", 2: "u2", 3: "i2", 4: "u4", 5: "i4", 6: "f4", 10: "u8", 11: "i8"}
+_NUMBERS = {kind: np.dtype("<" + code) for kind, code in (_CODES | {7: "?", 12: "f8"}).items()}
+"""GGUF's number types as numpy's."""
 _BOOL, _STRING, _ARRAY = 7, 8, 9
-_STRUCTS = {code: struct.Struct("<" + code) for code in _NUMBERS.values()}
 
 _NOT_GGUF = {
     b"FUGG": "a byte-swapped (big-endian) GGUF file; convert it to little endian",
     b"tjgg": "a GGML file from before GGUF; convert the original model again",
     b"vers": "perhaps a Git LFS pointer instead of the model; run `git lfs pull`",
     b"<!DO": "perhaps a web page instead of the model; download it again",
-    b"PK\x03\x04": "a ZIP archive; extract the .gguf file from it",
 }
+_DAMAGED = "the file is truncated or damaged, download it again"
 
 
 @dataclass(frozen=True)
@@ -135,9 +114,8 @@ class GGUFFile:
             return cls([first])
         paths = _paths_of_set(first)
         if first.split_no > 0:
-            raise ModelFileError(
-                f"{first.path}: part {first.split_no + 1} of a split set; open the first, {paths[0]}"
-            )
+            no = first.split_no + 1
+            raise ModelFileError(f"{first.path}: part {no} of a split set; open part 1, {paths[0]}")
         return cls([first, *(_next_part(first, paths[no], no) for no in range(1, len(paths)))])
 
     @classmethod
@@ -182,17 +160,17 @@ class _Part:
     tensors: list[TensorInfo]
     split_no: int
     split_count: int
-    set_tensors: int | None
 
 
 def _map_part(path: Path, part: int) -> _Part:
     try:
         # Before opening: opening a pipe would wait for a writer.
-        if not stat.S_ISREG(path.stat().st_mode):
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
             raise ModelFileError(f"{path}: a folder or device, not a file; give a .gguf file")
+        if status.st_size == 0:
+            raise CorruptFileError(f"{path}: the file is empty; download it again")
         with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:
-                raise CorruptFileError(f"{path}: the file is empty; download it again")
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
         reason = getattr(error, "strerror", None) or error
@@ -201,7 +179,6 @@ def _map_part(path: Path, part: int) -> _Part:
 
 
 def _paths_of_set(part: _Part) -> list[Path]:
-    """The paths of all parts of a set, in order, from the name of one of them."""
     count, name = part.split_count, part.path.name
     suffixes = [f"-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)]
     own = suffixes[part.split_no]
@@ -232,13 +209,14 @@ def _merge_tensors(parts: Sequence[_Part]) -> dict[str, TensorInfo]:
     for part in parts:
         for info in part.tensors:
             if info.name in tensors:
-                raise CorruptFileError(f"{part.path}: {info} appears twice")
+                raise CorruptFileError(f"{part.path}: tensor {info.name!r:.80} appears twice")
             tensors[info.name] = info
     for part in parts if len(parts) > 1 else ():
-        if part.set_tensors not in (None, len(tensors)):
+        total = part.metadata.get("split.tensors.count", len(tensors))
+        if not isinstance(total, int) or total != len(tensors):
             raise CorruptFileError(
-                f"{part.path}: split.tensors.count is {part.set_tensors}, the {len(parts)} parts "
-                f"hold {len(tensors)} tensors; they are not of one set"
+                f"{part.path}: split.tensors.count is {total!r:.40}, the {len(parts)} parts hold "
+                f"{len(tensors)} tensors; they are not of one set"
             )
     return tensors
 
@@ -246,27 +224,23 @@ def _merge_tensors(parts: Sequence[_Part]) -> dict[str, TensorInfo]:
 def _parse(path: Path, data: bytes | mmap.mmap, part: int) -> _Part:
     header = _Cursor(str(path), data)
     version = _read_version(header)
-    n_tensors = header.count("tensor count", _LEAST_TENSOR_BYTES)
-    n_keys = header.count("key count", _LEAST_KEY_BYTES)
+    n_tensors = header.count("tensor count", least_bytes=8 + 1 + 4 + 8 + 4 + 8)
+    n_keys = header.count("key count", least_bytes=8 + 1 + 4 + 1)
     metadata = _read_metadata(header, n_keys)
-    alignment = _whole(header, metadata, "general.alignment", _MAX_ALIGNMENT) or 32
+    alignment = _whole(header, metadata, "general.alignment", 32, 1 << 16)
     if alignment < 8 or alignment & (alignment - 1):
         header.fail(f"general.alignment is {alignment}; a power of two from 8 is expected")
     entries = [_read_tensor(header, part) for _ in range(n_tensors)]
     start = -(-header.position // alignment) * alignment
-    tensors = [_place(header, entry, start, alignment) for entry in entries]
-    _check_overlap(header, tensors)
-    split_count = _whole(header, metadata, "split.count", _MAX_PARTS) or 1
-    split_no = _whole(header, metadata, "split.no", split_count - 1) or 0
-    total = _whole(header, metadata, "split.tensors.count", 1 << 31)
-    return _Part(path, header.bytes, version, metadata, tensors, split_no, split_count, total)
+    tensors = [replace(entry, offset=start + entry.offset) for entry in entries]
+    _check_places(header, tensors, alignment)
+    split_count = max(_whole(header, metadata, "split.count", 1, _MAX_PARTS), 1)
+    split_no = _whole(header, metadata, "split.no", 0, split_count - 1)
+    return _Part(path, header.bytes, version, metadata, tensors, split_no, split_count)
 
 
-def _whole(header: _Cursor, metadata: dict[str, Value], key: str, most: int) -> int | None:
-    """A key in [0, most], or None if it is absent."""
-    value = metadata.get(key)
-    if value is None:
-        return None
+def _whole(header: _Cursor, metadata: dict[str, Value], key: str, default: int, most: int) -> int:
+    value = metadata.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
         header.fail(f"{key} is {value!r:.40}; a whole number in [0, {most}] is expected")
     return value
@@ -287,13 +261,9 @@ class _Cursor:
 
     def take(self, n_bytes: int, what: str) -> int:
         """Step over `n_bytes`; return where they begin."""
-        start = self.position
-        if n_bytes > self.end - start:
-            limit = "file" if self.end == len(self.data) else f"{self.end} that a header may take"
-            self.fail(
-                f"{what} needs {n_bytes} bytes at byte {start}, {self.end - start} remain of the "
-                f"{limit}; the file is truncated or damaged, download it again"
-            )
+        start, left = self.position, self.end - self.position
+        if n_bytes > left:
+            self.fail(f"{what} needs {n_bytes} bytes at byte {start}, {left} remain; {_DAMAGED}")
         self.position += n_bytes
         return start
 
@@ -304,10 +274,10 @@ class _Cursor:
 
     def count(self, what: str, least_bytes: int) -> int:
         """A number of things that take `least_bytes` each, refused if so many cannot follow."""
-        count = self.whole(8, what)
-        if count > (self.end - self.position) // least_bytes:
-            left = self.end - self.position
-            self.fail(f"{what} is {count}, at least {count * least_bytes} bytes; {left} remain")
+        count, left = self.whole(8, what), self.end - self.position
+        if count > left // least_bytes:
+            least = count * least_bytes
+            self.fail(f"{what} is {count}, at least {least} bytes; {left} remain; {_DAMAGED}")
         return count
 
     def text(self, what: str, most_bytes: int) -> str:
@@ -323,16 +293,14 @@ class _Cursor:
 
     def strings(self, count: int, what: str) -> list[str]:
         """`count` string values; bytes that are not UTF-8 become U+FFFD."""
-        unpack, data, end, position = _STRUCTS["Q"].unpack_from, self.data, self.end, self.position
-        strings = []
-        # A vocabulary has hundreds of thousands of them: no calls in this loop.
+        data, position, strings = self.data, self.position, []
+        # A vocabulary has hundreds of thousands of them: no calls of ours in this loop.
         for index in range(count):
             start = position + 8
-            if start <= end:
-                position = start + unpack(data, position)[0]
-            if max(start, position) > end:
-                length = position - start
-                self.fail(f"string {index} of {count} of {what} has  bytes, {end - start} remain")
+            position = start + int.from_bytes(data[position:start], "little")
+            if position > self.end:
+                which = f"string {index} of {count} of {what}" if count > 1 else what
+                self.fail(f"{which} needs bytes [{start}, {position}) of {self.end}; {_DAMAGED}")
             strings.append(data[start:position].decode("utf-8", "replace"))
         self.position = position
         return strings
@@ -366,36 +334,30 @@ def _read_metadata(header: _Cursor, count: int) -> dict[str, Value]:
 
 def _read_value(header: _Cursor, what: str) -> Value:
     kind = header.whole(4, f"the type of {what}")
-    if kind == _STRING:
-        return header.strings(1, what)[0]
-    if kind == _ARRAY:
-        return _read_array(header, what)
-    if kind not in _NUMBERS:
-        header.fail(f"{what} has value type {kind}; 0 to 12 are known")
-    value: bool | int | float = _read_numbers(header, kind, 1, what)[0].item()
-    return value
-
-
-def _read_array(header: _Cursor, what: str) -> Value:
-    kind = header.whole(4, f"the element type of {what}")
+    is_array = kind == _ARRAY
+    if is_array:
+        kind = header.whole(4, f"the element type of {what}")
     if kind == _ARRAY:
         raise UnsupportedModelError(f"{header.name}: {what} is an array of arrays")
     if kind != _STRING and kind not in _NUMBERS:
-        header.fail(f"{what} is an array of value type {kind}; 0 to 12 are known")
-    least_bytes = _LEAST_STRING_BYTES if kind == _STRING else _STRUCTS[_NUMBERS[kind]].size
-    count = header.count(f"the array length of {what}", least_bytes)
+        header.fail(f"{what} has value type {kind}; 0 to 12 are known")
+    least_bytes = 8 if kind == _STRING else _NUMBERS[kind].itemsize
+    count = header.count(f"the array length of {what}", least_bytes) if is_array else 1
     if kind == _STRING:
-        return header.strings(count, what)
-    return _read_numbers(header, kind, count, what)
+        strings = header.strings(count, what)
+        return strings if is_array else strings[0]
+    numbers = _read_numbers(header, kind, count, what)
+    value: Value = numbers if is_array else numbers[0].item()
+    return value
 
 
 def _read_numbers(header: _Cursor, kind: int, count: int, what: str) -> NDArray[Any]:
-    n_bytes = count * _STRUCTS[_NUMBERS[kind]].size
+    n_bytes = count * _NUMBERS[kind].itemsize
     start = header.take(n_bytes, what)
     flat = header.bytes[start : start + n_bytes]
     if kind == _BOOL and flat.size and flat.max() > 1:
         header.fail(f"{what} holds a truth value of {flat.max()}; 0 and 1 are valid")
-    return flat.view("<" + _NUMBERS[kind])
+    return flat.view(_NUMBERS[kind])
 
 
 def _read_tensor(header: _Cursor, part: int) -> TensorInfo:
@@ -412,41 +374,27 @@ def _read_tensor(header: _Cursor, part: int) -> TensorInfo:
         header.fail(f"{what} has shape {shape}; every dimension is at least 1")
     if type_id not in FORMATS:
         raise UnsupportedModelError(
-            f"{header.name}: {what} has type number {type_id}, which no current GGUF format has; "
-            f"convert the model again, or update Longspan if the format is new"
+            f"{header.name}: {what} has type number {type_id}, no current GGUF format; convert "
+            f"the model again, or update Longspan if the format is new"
         )
     format = FORMATS[type_id]
-    if shape[0] % format.block_elements:
-        header.fail(
-            f"{what} has rows of {shape[0]}; {format.name} needs multiples of "
-            f"{format.block_elements}"
-        )
+    multiple = format.block_elements
+    if shape[0] % multiple:
+        header.fail(f"{what} has rows of {shape[0]}; {format.name} needs multiples of {multiple}")
     # Python's integers do not wrap: hostile dimensions give a huge size here, not a small one.
     n_bytes = format.row_bytes(shape[0]) * math.prod(shape[1:])
     return TensorInfo(name, shape, format, part, offset, n_bytes)
 
 
-def _place(header: _Cursor, entry: TensorInfo, start: int, alignment: int) -> TensorInfo:
-    """The entry with its absolute offset, once its bytes are known to exist."""
-    if entry.offset % alignment:
-        header.fail(
-            f"tensor {entry.name!r:.80} has offset {entry.offset}, not a multiple of the "
-            f"alignment {alignment}"
-        )
-    offset = start + entry.offset
-    if offset + entry.n_bytes > len(header.data):
-        header.fail(
-            f"tensor {entry.name!r:.80} takes bytes [{offset}, {offset + entry.n_bytes}), the "
-            f"file has {len(header.data)}; it is truncated or damaged, download it again"
-        )
-    return replace(entry, offset=offset)
-
-
-def _check_overlap(header: _Cursor, tensors: Sequence[TensorInfo]) -> None:
-    for before, after in pairwise(sorted(tensors, key=lambda info: info.offset)):
-        end = before.offset + before.n_bytes
-        if end > after.offset:
-            header.fail(
-                f"tensors {before.name!r:.80} and {after.name!r:.80} overlap in bytes "
-                f"[{after.offset}, {end})"
-            )
+def _check_places(header: _Cursor, tensors: Sequence[TensorInfo], alignment: int) -> None:
+    """Every tensor aligned, inside the file and clear of the others."""
+    end = 0
+    for info in sorted(tensors, key=lambda info: info.offset):
+        start, before, end = info.offset, end, info.offset + info.n_bytes
+        what = f"tensor {info.name!r:.80} in bytes [{start}, {end})"
+        if start % alignment:
+            header.fail(f"{what} does not begin at a multiple of the alignment {alignment}")
+        if start < before:
+            header.fail(f"{what} overlaps the tensor before, which ends at {before}")
+        if end > len(header.data):
+            header.fail(f"{what} exceeds the file's {len(header.data)} bytes; {_DAMAGED}")

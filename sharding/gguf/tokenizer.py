@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Engine
 from tokenizers.models import BPE
@@ -35,7 +36,7 @@ from sharding.errors import CorruptFileError, RequestError, UnsupportedModelErro
 Metadata = Mapping[str, Any]
 
 # Values of tokenizer.ggml.token_type that make a token more than a piece of text.
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 
 _SPACE = "\u2581"  # SentencePiece writes a space as this character
 
@@ -67,6 +68,15 @@ _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)
 _LLAMA3 = (
     r"'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]"
     r"|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+# Letters, digits and punctuation that came with Unicode 16: the regex library knows them, llama.cpp
+# (Unicode 15) does not, and takes them for symbols.
+_NEWER = (
+    r"\x{1B4E}\x{1B4F}\x{1B7F}\x{1C89}\x{1C8A}\x{A7CB}-\x{A7CD}\x{A7DA}-\x{A7DC}"
+    r"\x{105C0}-\x{105F3}\x{10D40}-\x{10D85}\x{10EC2}-\x{10EC4}\x{11380}-\x{113D8}"
+    r"\x{116D0}-\x{116E3}\x{11BC0}-\x{11BF9}\x{13460}-\x{143FA}\x{16100}-\x{16139}"
+    r"\x{16D40}-\x{16D79}\x{18CFF}\x{1CCF0}-\x{1CCF9}\x{1E5D0}-\x{1E5FF}"
 )
 
 _PRE_TOKENIZERS = {
@@ -106,7 +116,9 @@ class Tokenizer:
         Raises `UnsupportedModelError` for a model or pre-tokenizer that is not known here, and
         `CorruptFileError` for missing, ill-typed or contradictory keys.
         """
-        kind = _text(metadata, "tokenizer.ggml.model")
+        kind = _optional_text(metadata, "tokenizer.ggml.model")
+        if kind is None:
+            raise CorruptFileError("metadata key tokenizer.ggml.model is missing")
         if kind not in ("gpt2", "llama"):
             raise UnsupportedModelError(
                 f"tokenizer model {kind!r:.60} is not supported; supported: gpt2, llama"
@@ -254,20 +266,19 @@ class _Vocab:
 def _read_vocab(metadata: Metadata, pre: _PreTokenizer | None) -> _Vocab:
     tokens = _strings(metadata, "tokenizer.ggml.tokens")
     ids = _distinct(tokens)
-    kinds = _numbers(metadata, "tokenizer.ggml.token_type", "iu", len(tokens), default=_NORMAL)
+    kinds = _kinds(metadata, len(tokens))
     for name in _END_NAMES:  # some converters forget to mark these
         if name in ids:
             kinds[ids[name]] = _CONTROL
     bos_id, eos_id, unknown_id, eot_id, eom_id = (
-        _token_id(metadata, f"tokenizer.ggml.{name}_token_id", len(tokens))
-        for name in ("bos", "eos", "unknown", "eot", "eom")
+        _token_id(metadata, name, len(tokens)) for name in ("bos", "eos", "unknown", "eot", "eom")
     )
     ends = (eos_id, eot_id, eom_id, *(ids.get(name) for name in _END_NAMES))
     bos_wanted = bos_id is not None and (pre is None or pre.add_bos)
     return _Vocab(
         tokens=tokens,
         ids=ids,
-        kinds=[int(kind) for kind in kinds],
+        kinds=kinds,
         pre=pre,
         byte_of={ids[name]: byte for byte in range(256) if (name := f"<0x{byte:02X}>") in ids},
         bos_id=bos_id,
@@ -277,8 +288,24 @@ def _read_vocab(metadata: Metadata, pre: _PreTokenizer | None) -> _Vocab:
         add_bos=_adds(metadata, "bos", bos_id, default=bos_wanted),
         add_eos=_adds(metadata, "eos", eos_id, default=False),
         add_space_prefix=_flag(metadata, "tokenizer.ggml.add_space_prefix", True) and pre is None,
-        chat_template=_text(metadata, "tokenizer.chat_template", required=False),
+        chat_template=_optional_text(metadata, "tokenizer.chat_template"),
     )
+
+
+def _kinds(metadata: Metadata, count: int) -> list[int]:
+    """The type of each token; a file without types has plain text only."""
+    key = "tokenizer.ggml.token_type"
+    if key not in metadata:
+        return [_NORMAL] * count
+    kinds: list[int] = _numbers(metadata, key, "iu", count).tolist()
+    return kinds
+
+
+def _regex(pattern: str) -> Regex:
+    """A pattern with its Unicode classes cut down to what llama.cpp knows."""
+    for name in (r"\p{L}", r"\p{N}", r"\p{P}"):
+        pattern = pattern.replace(name, f"[{name}&&[^{_NEWER}]]")
+    return Regex(pattern)
 
 
 def _engine(vocab: _Vocab, model: BPE, kinds: tuple[int, ...]) -> Engine:
@@ -290,7 +317,7 @@ def _engine(vocab: _Vocab, model: BPE, kinds: tuple[int, ...]) -> Engine:
         prefix = [normalizers.Prepend(_SPACE)] if vocab.add_space_prefix else []
         engine.normalizer = normalizers.Sequence([*prefix, escape])
     else:
-        cuts = [pre_tokenizers.Split(Regex(regex), "isolated") for regex in vocab.pre.regexes]
+        cuts = [pre_tokenizers.Split(_regex(pattern), "isolated") for pattern in vocab.pre.regexes]
         letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         engine.pre_tokenizer = pre_tokenizers.Sequence([*cuts, letters])
     engine.add_tokens(
@@ -349,7 +376,7 @@ def _letter_bytes(letter: str) -> bytes:
 
 
 def _pre_tokenizer(metadata: Metadata) -> _PreTokenizer:
-    name = _text(metadata, "tokenizer.ggml.pre", required=False) or "default"
+    name = _optional_text(metadata, "tokenizer.ggml.pre") or "default"
     if name not in _PRE_TOKENIZERS:
         known = ", ".join(sorted(_PRE_TOKENIZERS))
         raise UnsupportedModelError(
@@ -369,10 +396,60 @@ def _distinct(tokens: list[str]) -> dict[str, int]:
     return ids
 
 
-def _text(metadata: Metadata, key: str, required: bool = True) -> Any:
+def _optional_text(metadata: Metadata, key: str) -> str | None:
     value = metadata.get(key)
-    if value is None and not required:
-        return None
-    if not isinstance(value, str):
-        raise CorruptFileError(f"metadata key {key} is missing or no string")
+    if value is not None and not isinstance(value, str):
+        raise CorruptFileError(f"metadata key {key} is {value!r:.60}, not a string")
     return value
+
+
+def _strings(metadata: Metadata, key: str) -> list[str]:
+    values = metadata.get(key)
+    if not isinstance(values, list):
+        raise CorruptFileError(f"metadata key {key} is missing or no array of strings")
+    for index, value in enumerate(values):
+        if not isinstance(value, str):
+            raise CorruptFileError(f"{key}[{index}] is {value!r:.60}, not a string")
+    try:
+        "".join(values).encode()
+    except UnicodeEncodeError as error:
+        raise CorruptFileError(f"{key} holds text that is not valid Unicode: {error}") from None
+    return values
+
+
+def _numbers(metadata: Metadata, key: str, dtype_kinds: str, count: int) -> NDArray[Any]:
+    """`count` numbers of a numpy kind ("iu" whole, "f" real)."""
+    values = metadata.get(key)
+    if not isinstance(values, np.ndarray) or values.dtype.kind not in dtype_kinds:
+        raise CorruptFileError(f"metadata key {key} is missing or no array of the right numbers")
+    if values.shape != (count,):
+        raise CorruptFileError(f"{key} has {values.size} entries for {count} tokens")
+    return values
+
+
+def _token_id(metadata: Metadata, name: str, count: int) -> int | None:
+    key = f"tokenizer.ggml.{name}_token_id"
+    value = metadata.get(key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise CorruptFileError(f"{key} is {value!r:.60}, not a whole number")
+    if not 0 <= value < count:
+        raise CorruptFileError(f"{key} is {value}, outside the vocabulary [0, {count})")
+    return value
+
+
+def _flag(metadata: Metadata, key: str, default: bool) -> bool:
+    value = metadata.get(key, default)
+    if not isinstance(value, bool):
+        raise CorruptFileError(f"{key} is {value!r:.60}, not a boolean")
+    return value
+
+
+def _adds(metadata: Metadata, name: str, token_id: int | None, default: bool) -> bool:
+    """Whether every text gets this token; then there must be one."""
+    key = f"tokenizer.ggml.add_{name}_token"
+    wanted = _flag(metadata, key, default)
+    if wanted and token_id is None:
+        raise CorruptFileError(f"{key} is set, but tokenizer.ggml.{name}_token_id is missing")
+    return wanted

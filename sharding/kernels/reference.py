@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from sharding.model.kv_cache import LayerPages
 
 
+KV_BLOCK = 4096
+"""Slots whose keys and values are in float32 at a time; whole pages."""
+
+
 @dataclass(frozen=True)
 class Float32Weight:
     """A matrix `[rows, cols]` in float32."""
@@ -117,21 +121,43 @@ class ReferenceKernels:
 def _attend(q_THD: torch.Tensor, rows: Rows, pages: LayerPages) -> torch.Tensor:
     """One segment's attention, in runs of query rows whose scores stay under `SCORE_BYTES`."""
     tokens, heads, dim = q_THD.shape
-    k_GDN, v_GND = pages.gather(rows.pages, rows.position + tokens)
-    groups, length = v_GND.shape[:2]
-    run = max(1, SCORE_BYTES // (4 * heads * length))
-    # [T, G * shared, D] -> [G, T * shared, D]: the heads that share a kv head read it once.
-    q_GTD = q_THD.unflatten(1, (groups, heads // groups)).transpose(0, 1)
+    shared = heads // pages.kv_heads
+    run = max(1, SCORE_BYTES // (4 * heads * KV_BLOCK))
+    # [T, G * shared, D] -> [G, T, shared, D]: the heads that share a kv head read it once.
+    q_GTsD = (q_THD * dim**-0.5).unflatten(1, (-1, shared)).transpose(0, 1)
     runs = []
     for first in range(0, tokens, run):
-        q_GtD = q_GTD[:, first : first + run].flatten(1, 2) * dim**-0.5
-        seen = torch.arange(first, min(first + run, tokens)) + rows.position
-        scores_GtN = q_GtD @ k_GDN
-        hidden = torch.arange(length) > seen.repeat_interleave(heads // groups)[:, None]
-        scores_GtN.masked_fill_(hidden, -torch.inf)
-        mixed = torch.softmax(scores_GtN, dim=-1) @ v_GND
-        runs.append(mixed.unflatten(1, (-1, heads // groups)).transpose(0, 1).flatten(1, 2))
+        q_GtD = q_GTsD[:, first : first + run].flatten(1, 2)
+        seen_t = torch.arange(first, min(first + run, tokens)) + rows.position
+        mixed = _attend_run(q_GtD, seen_t.repeat_interleave(shared), rows.pages, pages)
+        runs.append(mixed.unflatten(1, (-1, shared)).transpose(0, 1).flatten(1, 2))
     return torch.cat(runs)
+
+
+def _attend_run(
+    q_GtD: torch.Tensor, seen_t: torch.Tensor, table: torch.Tensor, pages: LayerPages
+) -> torch.Tensor:
+    """Queries over slots up to `seen_t` (included), block by block with an online softmax.
+
+    Blocks bound the memory at any depth (Milakov and Gimelshein, 2018): only one is in float32.
+    """
+    length = int(seen_t[-1]) + 1
+    most = torch.full((*q_GtD.shape[:2], 1), -torch.inf)
+    total = torch.zeros_like(most)
+    mixed = torch.zeros_like(q_GtD)
+    for start in range(0, length, KV_BLOCK):
+        stop = min(start + KV_BLOCK, length)
+        k_GDN, v_GND = pages.gather(table, start, stop)
+        scores = q_GtD @ k_GDN
+        scores.masked_fill_(torch.arange(start, stop) > seen_t[:, None], -torch.inf)
+        # Slot 0 is seen by everybody, so the maximum is finite from the first block on.
+        higher = torch.maximum(most, scores.amax(-1, keepdim=True))
+        weights = torch.exp(scores - higher)
+        shrink = torch.exp(most - higher)
+        total = total * shrink + weights.sum(-1, keepdim=True)
+        mixed = mixed * shrink + weights @ v_GND
+        most = higher
+    return mixed / total
 
 
 def use_threads(threads: int | None) -> int:

@@ -23,16 +23,22 @@ class LayerPages:
     k_PGDS: torch.Tensor
     v_PGSD: torch.Tensor
 
-    def gather(self, pages: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The first `length` slots of a page table as float32: keys `[G, D, N]`, values `[G, N,
-        D]`.
+    @property
+    def kv_heads(self) -> int:
+        """G."""
+        return self.k_PGDS.shape[1]
 
-        Slots past `length` are cut off, not masked: what a former request left there may be
-        infinite, and zero times infinity is not zero.
+    def gather(
+        self, table: torch.Tensor, start: int, stop: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Slots `[start, stop)` of a page table as float32: keys `[G, D, N]`, values `[G, N, D]`.
+
+        `start` begins a page. Slots past `stop` are cut off, not masked: what a former request left
+        there may be infinite, and zero times infinity is not zero.
         """
-        used = pages[: -(-length // PAGE_SLOTS)]
-        k_GDN = self.k_PGDS[used].permute(1, 2, 0, 3).flatten(2)[..., :length]
-        v_GND = self.v_PGSD[used].transpose(0, 1).flatten(1, 2)[:, :length]
+        used = table[start // PAGE_SLOTS : -(-stop // PAGE_SLOTS)]
+        k_GDN = self.k_PGDS[used].permute(1, 2, 0, 3).flatten(2)[..., : stop - start]
+        v_GND = self.v_PGSD[used].transpose(0, 1).flatten(1, 2)[:, : stop - start]
         return k_GDN.float(), v_GND.float()
 
 

@@ -22,7 +22,7 @@ def ask(name: str, prompt: int, answer: int, stop: int | None = None) -> Generat
 
 def drive(scheduler: Scheduler, token: int = 7, steps: int = 1000) -> list[Batch]:
     """Run batches one at a time until nothing is left to do; every draw gives `token`."""
-    batches = []
+    batches: list[Batch] = []
     while (batch := scheduler.next_step()) is not None and len(batches) < steps:
         batches.append(batch)
         scheduler.apply(batch, answer(batch, token))

@@ -63,14 +63,16 @@ def sizes(*free_bytes: int) -> list[Device]:
 @st.composite
 def problems(draw: st.DrawFn) -> tuple[ModelCosts, list[Device], int]:
     """Small models on few devices with 60% to 300% of an even share: some fit, some do not."""
-    weights = st.integers(1, 5_000)
+    weights = st.sampled_from([1_000, 2_000, 3_000]) | st.integers(1, 5_000)
     stages = draw(st.sampled_from([1, 2, 3, 4]))
     layer_bytes = draw(st.lists(weights, min_size=stages, max_size=7))
     head, tied, kv_tokens = draw(weights), draw(st.booleans()), draw(st.integers(1, 200))
     embedding = head if tied else draw(weights)
     costs = costs_of(tuple(layer_bytes), (embedding, head + 32))
     even = (sum(layer_bytes) + embedding + head + len(layer_bytes) * kv_tokens * 32) // stages
-    percents = draw(st.lists(st.integers(60, 300), min_size=stages, max_size=stages))
+    percents = draw(
+        st.lists(st.sampled_from([60, 100, 150, 300]), min_size=stages, max_size=stages)
+    )
     devices = sizes(*(even * percent // 100 for percent in percents))
     return replace(costs, tied_bytes=head if tied else 0), devices, kv_tokens
 

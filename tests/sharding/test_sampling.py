@@ -398,7 +398,3 @@ class TestLogprobs:
         logits[1, 2] = math.nan
         with pytest.raises(StageError, match=r"rows \[0, 3\): 1 logits are NaN"):
             score(logits, [0, 0, 0], None)
-
-    def test_no_targets_no_scores(self) -> None:
-        """A prompt of one token has nothing to score."""
-        assert score(torch.zeros(0, 4), [], 2) == []

@@ -1,0 +1,1 @@
+"""Longspan measured: each file is one command that prints JSON lines."""

@@ -1,0 +1,38 @@
+"""How a benchmark reports: JSON lines with machine, commit and command, optionally kept in a
+file."""
+
+from __future__ import annotations
+
+import json
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import typer
+
+from serving.machine import describe_commit, describe_machine
+
+RESULTS = Path(__file__).parent / "results"
+
+
+class Report:
+    """Collects rows; prints each as it comes and writes all to `results/<name>.json` when told to
+    keep."""
+
+    def __init__(self, name: str, keep: bool) -> None:
+        self._path = RESULTS / f"{name}.json" if keep else None
+        self._rows: list[str] = []
+        self._about = {
+            "machine": describe_machine(),
+            "commit": describe_commit(),
+            "command": " ".join(["python", "-m", f"bench.{name}", *sys.argv[1:]]),
+            "date": datetime.now(UTC).date().isoformat(),
+        }
+
+    def row(self, **figures: str | float) -> None:
+        """One measurement."""
+        line = json.dumps(figures | self._about)
+        typer.echo(line)
+        self._rows.append(line)
+        if self._path is not None:
+            self._path.write_text("\n".join(self._rows) + "\n")

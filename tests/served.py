@@ -1,0 +1,43 @@
+"""SmolLM2 behind HTTP for the tests that need Ray: started once, used by all."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from serving.cluster import Deployment, deployed
+from serving.config import ServeConfig
+from tests.stages import wait_until
+
+CONTEXT = 1024
+_READY_TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True)
+class Served:
+    """A running server: `url` without `/v1`, and the deployment behind it."""
+
+    url: str
+    model: str
+    deployment: Deployment
+
+
+@contextlib.contextmanager
+def serve_model(path: Path, stages: int = 2) -> Iterator[Served]:
+    """Deploy over Ray and wait until it serves."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    config = ServeConfig(
+        model=str(path),
+        model_name="smollm2",
+        stages=stages,
+        context=CONTEXT,
+        kv_tokens=24 * CONTEXT,
+        port=port,
+    )
+    with deployed(config) as deployment:
+        wait_until(lambda: deployment.status().state == "ready", _READY_TIMEOUT_S)
+        yield Served(f"http://127.0.0.1:{port}", "smollm2", deployment)

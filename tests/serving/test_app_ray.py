@@ -1,0 +1,162 @@
+"""The whole product: the `openai` client, HTTP, Ray Serve, the engine and two stage processes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+
+import httpx
+import openai
+import pytest
+from openai.types.chat import ChatCompletionMessageParam
+
+from actors.stats import EngineStats
+from tests.served import CONTEXT, Served
+from tests.stages import wait_until
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+QUESTION: list[ChatCompletionMessageParam] = [
+    {"role": "user", "content": "What is the capital of France?"}
+]
+
+
+@pytest.fixture
+def client(served: Served) -> openai.OpenAI:
+    """The client that everybody has, unchanged."""
+    return openai.OpenAI(base_url=served.url + "/v1", api_key="none", max_retries=0)
+
+
+def pages_in_use(stats: EngineStats) -> int:
+    """By the engine's books."""
+    return stats.pages - stats.pages_free
+
+
+def test_the_stages_are_two_processes_with_all_layers_between_them(served: Served) -> None:
+    stages = served.deployment.stats().stages
+    assert [stage.stage for stage in stages] == [0, 1]
+    assert stages[0].layers[0] == 0
+    assert stages[0].layers[1] == stages[1].layers[0]
+    assert stages[1].layers[1] == 30
+
+
+def test_a_chat_answer(client: openai.OpenAI, served: Served) -> None:
+    answer = client.chat.completions.create(
+        model=served.model, messages=QUESTION, temperature=0, max_tokens=24
+    )
+    assert "Paris" in (answer.choices[0].message.content or "")
+    assert answer.usage is not None
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+
+
+def test_a_stream_says_the_same_as_a_whole_answer(client: openai.OpenAI, served: Served) -> None:
+    whole = client.chat.completions.create(
+        model=served.model, messages=QUESTION, seed=5, max_tokens=24
+    )
+    stream = client.chat.completions.create(
+        model=served.model, messages=QUESTION, seed=5, max_tokens=24, stream=True
+    )
+    pieces = [chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices]
+    assert "".join(pieces) == whole.choices[0].message.content
+
+
+async def test_sixteen_streams_at_once_get_what_each_gets_alone(served: Served) -> None:
+    client = openai.AsyncOpenAI(base_url=served.url + "/v1", api_key="none", max_retries=0)
+
+    async def ask(number: int) -> str:
+        stream = await client.completions.create(
+            model=served.model,
+            prompt="Count: " + "one two three " * (1 + number % 5),
+            temperature=0.8,
+            seed=number,
+            max_tokens=12 + number,
+            stream=True,
+        )
+        return "".join([chunk.choices[0].text async for chunk in stream if chunk.choices])
+
+    together = await asyncio.gather(*(ask(number) for number in range(16)))
+    alone = [await ask(number) for number in range(0, 16, 5)]
+    assert [together[number] for number in range(0, 16, 5)] == alone
+    assert all(together)
+    await client.close()
+
+
+def test_scores_choices_and_echo_through_all_layers(client: openai.OpenAI, served: Served) -> None:
+    answer = client.completions.create(
+        model=served.model, prompt="The sky is", max_tokens=3, n=2, echo=True, logprobs=2, seed=1
+    )
+    choices = answer.model_dump()["choices"]
+    assert [choice["index"] for choice in choices] == [0, 1]
+    for choice in choices:
+        assert choice["text"].startswith("The sky is")
+        first, *rest = choice["logprobs"]["token_logprobs"]
+        assert first is None, "nothing comes before the first token"
+        assert len(rest) >= 3
+        assert all(logprob <= 0 for logprob in rest)
+
+
+def test_a_prompt_over_the_context_is_refused_with_both_numbers(
+    client: openai.OpenAI, served: Served
+) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.completions.create(model=served.model, prompt=[5] * (CONTEXT + 10), max_tokens=1)
+    assert refused.value.code == "context_length_exceeded"
+    assert str(CONTEXT) in str(refused.value)
+    assert str(CONTEXT + 10) in str(refused.value)
+
+
+def test_an_unknown_model_is_not_found(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match="smollm2"):
+        client.completions.create(model="gpt-5", prompt="x", max_tokens=1)
+
+
+def test_a_client_that_hangs_up_frees_its_pages(served: Served) -> None:
+    body = {"model": served.model, "prompt": "Tell me", "max_tokens": 900, "stream": True}
+    body["ignore_eos"] = True
+    with (
+        httpx.Client(timeout=60) as http,
+        http.stream("POST", served.url + "/v1/completions", json=body) as response,
+    ):
+        lines = response.iter_lines()
+        for _ in range(4):
+            next(lines)
+        assert pages_in_use(served.deployment.stats()) > 0
+    wait_until(lambda: pages_in_use(served.deployment.stats()) == 0, 10)
+    # The books of both stages, after the step that carries the closing.
+    wait_until(lambda: [s.pages_used for s in served.deployment.stats().stages] == [0, 0], 10)
+
+
+def _kill_stage(served: Served, number: int) -> None:
+    """End one stage's process the hard way."""
+    pid = served.deployment.stage_pids()[number]
+    os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_killed_stage_ends_streams_with_an_error_and_comes_back(
+    served: Served, number: int
+) -> None:
+    body = {"model": served.model, "prompt": "Tell me", "max_tokens": 900, "stream": True}
+    body["ignore_eos"] = True
+    with (
+        httpx.Client(timeout=60) as http,
+        http.stream("POST", served.url + "/v1/completions", json=body) as response,
+    ):
+        lines = (line for line in response.iter_lines() if line)
+        next(lines)
+        _kill_stage(served, number)
+        rest = list(lines)
+        assert http.get(served.url + "/health").status_code == 503
+    assert "error" in json.loads(rest[-1].removeprefix("data: "))
+    assert not any("[DONE]" in line for line in rest)
+    wait_until(lambda: httpx.get(served.url + "/health/ready").status_code == 200, 60)
+    assert pages_in_use(served.deployment.stats()) == 0
+    again = httpx.post(
+        served.url + "/v1/completions",
+        json={"model": served.model, "prompt": "One two", "max_tokens": 4, "temperature": 0},
+        timeout=60,
+    )
+    assert again.status_code == 200
+    assert again.json()["usage"]["completion_tokens"] == 4
