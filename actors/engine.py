@@ -37,8 +37,7 @@ class Opened:
 
 
 class StageSource(Protocol):
-    """Where stages come from. Called on the engine's thread, but `close`, which may come from
-    any."""
+    """Where stages come from. Called on the engine's thread, `close` from any."""
 
     def open(self, report: Callable[[float, str], None]) -> Opened:
         """Load all stages; `report` hears the share loaded and a line for people."""
@@ -91,8 +90,7 @@ class Engine:
             self._wake()
 
     def cancel(self, request_id: str) -> None:
-        """Stop a request and free its pages on every stage; no event follows. Unknown ids are
-        fine."""
+        """Stop a request, free its pages on every stage, send no event. Unknown ids are fine."""
         with self._lock:
             if self._scheduler is not None:
                 self._scheduler.cancel(request_id)

@@ -55,8 +55,7 @@ ENVELOPE, RESULT = 2, 3
 
 
 class Envelope(msgspec.Struct, frozen=True):
-    """What a stage passes on beside hidden states: the batch, each stage's seconds, a failure so
-    far."""
+    """What a stage passes on: the batch, each stage's seconds, a failure if there was one."""
 
     batch: Batch
     stage_s: list[float] = []
@@ -89,8 +88,7 @@ def forward_envelope(
 
 
 class LocalPipeline:
-    """Stages of this process. `receive` computes the oldest batch in flight on the caller's
-    thread."""
+    """Stages of this process: `receive` computes the oldest batch on the caller's thread."""
 
     def __init__(self, stages: Sequence[Stage]) -> None:
         self.depth = len(stages)

@@ -46,8 +46,7 @@ _MEMORY_SHARE = 0.8
 
 @dataclass(frozen=True)
 class PlacementConfig:
-    """What to place. None means: decide from the cluster and the model (threads per stage,
-    tokens)."""
+    """What to place. `threads` of each stage; None: as many as the cluster's cores allow."""
 
     model: Path
     stages: int

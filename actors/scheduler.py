@@ -51,8 +51,7 @@ class _Running:
 
 @dataclass(frozen=True)
 class Limits:
-    """`context`: most tokens of one request. `pages`: KV capacity. `in_flight`: batches the
-    pipeline holds."""
+    """`context`: tokens of one request. `pages`: KV of all. `in_flight`: groups of decodes."""
 
     context: int
     pages: int
@@ -92,8 +91,7 @@ class Scheduler:
         return len(self._running)
 
     def submit(self, request: GenerateRequest, sink: Sink) -> None:
-        """Queue a request. Raises `ContextLengthError` if it can never run, `BusyError` if too many
-        wait."""
+        """Queue a request, or raise `ContextLengthError` (never fits) or `BusyError` (full)."""
         prompt, total = len(request.prompt), len(request.prompt) + request.max_tokens
         most = self.limits.most_tokens
         if total > most:
@@ -113,8 +111,7 @@ class Scheduler:
         sink(Event())
 
     def cancel(self, request_id: str) -> None:
-        """Forget a request and free its pages on every stage; unknown ids are fine (it just
-        ended)."""
+        """Forget a request and free its pages on every stage; unknown ids are fine."""
         entry = self._entries.get(request_id)
         if entry is not None:
             self._end(entry)

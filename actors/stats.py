@@ -32,8 +32,7 @@ class StageStats(msgspec.Struct, frozen=True):
 
 
 class EngineStats(msgspec.Struct, frozen=True):
-    """The engine's books. Counters count from the engine's start; `epoch` grows with each
-    repair."""
+    """The engine's books, counted from its start. `epoch` grows with each repair."""
 
     epoch: int
     waiting: int = 0

@@ -60,8 +60,7 @@ class Address(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Frame:
-    """One message. `hidden` `[rows, cols]` is a view of the edge's buffer, valid until the next
-    receive."""
+    """One message. `hidden` `[rows, cols]` is valid until the edge's next receive."""
 
     kind: int
     step: int
@@ -98,8 +97,7 @@ class Edge:
             _send_all(self._sock, [memoryview(header), memoryview(meta), payload])
 
     def receive(self) -> Frame:
-        """Wait for one frame. Raises `PeerLostError` at end of file, `ProtocolError` for strange
-        bytes."""
+        """Wait for a frame. Raises `PeerLostError` at the end, `ProtocolError` if it is none."""
         self._fill(memoryview(self._header))
         magic, version, kind, code, epoch, step, rows, cols, meta_bytes, payload_bytes = (
             HEADER.unpack(self._header)
@@ -159,8 +157,7 @@ class Listener:
         self._sock.listen(8)
 
     def accept(self, secret: bytes, epoch: int, timeout_s: float) -> Edge:
-        """The edge to the neighbour; strangers are turned away. Raises `PeerLostError` after the
-        timeout."""
+        """The neighbour's edge; strangers are turned away. `PeerLostError` after the timeout."""
         deadline = time.monotonic() + timeout_s
         while (left_s := deadline - time.monotonic()) > 0:
             if not select.select([self._sock], [], [], left_s)[0]:

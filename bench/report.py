@@ -16,8 +16,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 class Report:
-    """Collects rows; prints each as it comes and writes all to `results/<name>.json` when told to
-    keep."""
+    """Prints each row as it comes; `keep` also writes them to `results/<name>.json`."""
 
     def __init__(self, name: str, keep: bool) -> None:
         self._path = RESULTS / f"{name}.json" if keep else None

@@ -46,8 +46,7 @@ _WATCH_PERIOD_S = 0.5
 
 
 class EngineReplica:
-    """Owns one pipeline. Loads in the background: a replica that loads for minutes must still
-    answer."""
+    """Owns one pipeline, and answers while it loads in the background."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         config = load_config(options)
@@ -162,8 +161,7 @@ class Ingress:
 
 
 def describe_model(config: ServeConfig) -> tuple[ServedModel, Tokenizer]:
-    """What the ingress must know of a model: its names, limits and tokenizer, but not its
-    weights."""
+    """What the ingress must know of a model: all but its weights."""
     path = resolve_model(config.model)
     with GGUFFile.open(path) as file:
         shape = read_shape(file.metadata)
@@ -179,8 +177,7 @@ def describe_model(config: ServeConfig) -> tuple[ServedModel, Tokenizer]:
 
 
 def fingerprint_of(paths: tuple[Path, ...]) -> str:
-    """Tells model files apart without reading tens of gigabytes: sizes and each part's first
-    MiB."""
+    """Tells model files apart by each part's size and first MiB; reading all takes minutes."""
     digest = hashlib.sha256()
     for path in paths:
         digest.update(str(path.stat().st_size).encode())

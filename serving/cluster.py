@@ -7,6 +7,7 @@ Not here: what is deployed (`app.py`) and what is printed about it (`cli.py`).
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 from collections.abc import Iterator
@@ -36,19 +37,19 @@ class Deployment:
     def status(self) -> EngineStatus:
         """Whether it serves. Raises `UnavailableError` if nothing answers."""
         with _ray_errors():
-            status: EngineStatus = self._engine.status.remote().result(_CALL_TIMEOUT_S)
+            status: EngineStatus = self._engine.status.remote().result(timeout_s=_CALL_TIMEOUT_S)
             return status
 
     def stats(self) -> EngineStats:
         """The engine's and the stages' books."""
         with _ray_errors():
-            stats: EngineStats = self._engine.stats.remote().result(_CALL_TIMEOUT_S)
+            stats: EngineStats = self._engine.stats.remote().result(timeout_s=_CALL_TIMEOUT_S)
             return stats
 
     def stage_pids(self) -> list[int]:
         """The stages' processes, first stage first."""
         with _ray_errors():
-            pids: list[int] = self._engine.stage_pids.remote().result(_CALL_TIMEOUT_S)
+            pids: list[int] = self._engine.stage_pids.remote().result(timeout_s=_CALL_TIMEOUT_S)
             return pids
 
 
@@ -59,15 +60,17 @@ def deployed(config: ServeConfig) -> Iterator[Deployment]:
     Raises `ConfigError` for a port in use or an address where no Ray answers.
     """
     check_port(config.host, config.port)
+    # Its progress reports say nothing that ours do not.
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     start_ray(config.address)
     try:
         serve.start(http_options={"host": config.host, "port": config.port})
         serve.run(build(config.model_dump()), name=APPLICATION, route_prefix="/")
         yield Deployment(serve.get_deployment_handle("engine", APPLICATION))
     finally:
-        serve.delete(APPLICATION)
-        if config.address is None:
-            serve.shutdown()
+        # A cluster of our own ends with all that runs on it.
+        if config.address is not None:
+            serve.delete(APPLICATION)
         stop_ray()
 
 

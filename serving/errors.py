@@ -141,15 +141,18 @@ def _http_response(request: Request, error: HTTPException) -> Response:
 
 
 def _as_request_error(found: Sequence[Any]) -> errors.RequestError:
-    """The first field at fault with what is wrong about it, from pydantic's list of errors."""
-    first = found[0]
+    """The field at fault with what is wrong about it, from pydantic's list of errors.
+
+    A union reports the errors of all its members; the member that got furthest into a list is the
+    one that was meant.
+    """
+    first = max(found, key=lambda each: [part for part in each["loc"] if isinstance(part, int)])
     if first["type"] == "json_invalid":
         where = f"{first['ctx']['error']} at character {first['loc'][-1]}"
         return errors.RequestError(f"the body is not valid JSON: {where}")
     param = _path(first["loc"])
     if not param:
         return errors.RequestError(f"the body must be a JSON object: {first['msg']}")
-    # A union reports one error for each of its members: say them all, they are the choices.
     reasons = dict.fromkeys(each["msg"] for each in found if _path(each["loc"]) == param)
     return errors.RequestError(f"{param}: {', or: '.join(reasons)}", param)
 

@@ -24,20 +24,25 @@ _POLL_S = 0.2
 def serve_until_interrupted(config: ServeConfig, err: Console) -> None:
     """Serve until SIGINT or SIGTERM. Raises `LongspanError` when the model cannot be loaded."""
     stopped = threading.Event()
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        stopped.set()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+    _stop_on_signal(stopped)
     err.print(f"starting Ray for {config.stages} stages of {config.served_name}", markup=False)
     with deployed(config) as deployment:
+        # Again: Ray has put handlers of its own, which print a stack trace.
+        _stop_on_signal(stopped)
         if _wait_loaded(deployment, stopped, err):
             err.print(stage_table(deployment.stats()))
             url = f"http://{config.host}:{config.port}/v1"
             err.print(f"serving {config.served_name} at {url} (Ctrl-C ends it)", markup=False)
             stopped.wait()
         err.print("stopping")
+
+
+def _stop_on_signal(stopped: threading.Event) -> None:
+    def stop(number: int, frame: FrameType | None) -> None:
+        stopped.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
 
 
 def _wait_loaded(deployment: Deployment, stopped: threading.Event, err: Console) -> bool:

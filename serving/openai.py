@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, model_serializer
+from pydantic import BaseModel, ConfigDict, Field, model_serializer
 
 MOST_CHOICES = 8
 MOST_STOPS = 16
 
 TokenId = Annotated[int, Field(ge=0)]
-TokenIds = Annotated[list[TokenId], FailFast()]
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 StopText = Annotated[str, Field(min_length=1, max_length=1000)]
 Logprobs = Annotated[int, Field(ge=0, le=20)]
 
@@ -91,7 +91,7 @@ class ChatMessage(_Request):
 class ChatRequest(GenerationRequest):
     """The body of POST /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1), FailFast()]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
     max_tokens: Annotated[int, Field(ge=1)] | None = Field(
         None, description="Most tokens to draw; what is left of the context when left out."
     )
@@ -102,9 +102,9 @@ class ChatRequest(GenerationRequest):
 
 Prompt = (
     str
-    | Annotated[list[str], Field(min_length=1), FailFast()]
-    | Annotated[list[TokenId], Field(min_length=1), FailFast()]
-    | Annotated[list[TokenIds], Field(min_length=1), FailFast()]
+    | Annotated[list[str], Field(min_length=1, fail_fast=True)]
+    | Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+    | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)]
 )
 
 

@@ -72,8 +72,7 @@ class Segment(msgspec.Struct, frozen=True):
 
 
 class Batch(msgspec.Struct, frozen=True):
-    """One step's work for every stage. Closings take effect before openings, both before the
-    segments."""
+    """One step's work for every stage: first closings, then openings, then the segments."""
 
     step: int
     closed: list[int] = []

@@ -49,8 +49,7 @@ class ConfigError(LongspanError):
 
 
 class DoesNotFitError(LongspanError):
-    """Weights or KV exceed memory. `max_context` is the largest context that would fit, in
-    tokens."""
+    """Weights or KV exceed memory. `max_context`: tokens of the largest that would fit."""
 
     def __init__(self, message: str, max_context: int) -> None:
         super().__init__(message, max_context)

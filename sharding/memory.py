@@ -9,8 +9,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def available_bytes() -> int:
-    """Bytes that can be allocated without swapping: the kernel's estimate, or a container's
-    limit."""
+    """Bytes to be had without swapping: the kernel's estimate, or a container's limit."""
     limits = [_meminfo()]
     if (room := _cgroup_room()) is not None:
         limits.append(room)

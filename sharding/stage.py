@@ -38,8 +38,7 @@ from sharding.stage_spec import StageSpec
 
 @dataclass
 class _Open:
-    """A request on this stage: its page table, and what sampling remembers of it (last stage
-    only)."""
+    """A request on this stage; the last stage also has its sampling history."""
 
     opened: Opened
     table: torch.Tensor

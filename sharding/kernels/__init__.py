@@ -27,8 +27,7 @@ if TYPE_CHECKING:
 
 
 class Weight(Protocol):
-    """A quantised matrix `[rows, cols]` in the layout its kernel set likes; `n_bytes` are
-    resident."""
+    """A quantised matrix `[rows, cols]` in the layout that its kernel set likes."""
 
     @property
     def rows(self) -> int:

@@ -33,8 +33,7 @@ FAMILIES = {family.name: family for family in (Family("llama", rope_pairs="adjac
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a decoder, all from its file. `rope_dims` of each head rotate; `train_context` is
-    advisory."""
+    """Sizes of a decoder. `rope_dims` of each head rotate; `train_context` is advisory."""
 
     family: Family
     name: str

@@ -19,8 +19,7 @@ from sharding.model.rope import angles, pair_view
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows `[first, stop)` of a batch: one segment, its first token's position, its request's pages
-    (int64)."""
+    """A segment: rows `[first, stop)`, its first token's position, its page table (int64)."""
 
     first: int
     stop: int
@@ -30,8 +29,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class BatchIndex:
-    """`page_T` and `slot_T` say where each token's KV goes; `pair_shape` and `pair_axis` which
-    elements rotate together."""
+    """Where each token's KV goes (page, slot), its angles, which elements rotate together."""
 
     rows: tuple[Rows, ...]
     page_T: torch.Tensor

@@ -19,8 +19,7 @@ from sharding.model.weights import load_vector
 
 @dataclass(frozen=True)
 class Block:
-    """A block's weights; matrices that read the same input are one weight, so that it is read
-    once."""
+    """A block's weights. Matrices with the same input are one weight: one call reads it once."""
 
     attn_norm_I: torch.Tensor
     qkv: Weight

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import codecs
 import json
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, MutableMapping
 from typing import Any
 
 import httpx
@@ -176,18 +176,25 @@ class World:
 
     def post(self, path: str, body: object) -> httpx.Response:
         """POST `body` as JSON."""
-        return self.request("POST", path, json=body)
+        return self.request("POST", path, json.dumps(body).encode())
 
     def get(self, path: str) -> httpx.Response:
         """GET."""
         return self.request("GET", path)
 
-    def request(self, method: str, path: str, **options: Any) -> httpx.Response:  # noqa: ANN401
+    def request(
+        self,
+        method: str,
+        path: str,
+        content: bytes | AsyncIterator[bytes] | None = None,
+        content_type: str = "application/json",
+    ) -> httpx.Response:
         """One exchange from beginning to end."""
 
         async def run() -> httpx.Response:
             async with self.client() as client:
-                return await client.request(method, path, **options)
+                headers = {"Content-Type": content_type}
+                return await client.request(method, path, content=content, headers=headers)
 
         return asyncio.run(run())
 
@@ -245,7 +252,6 @@ class Exchange:
         }
         self._incoming: asyncio.Queue[dict[str, object]] = asyncio.Queue()
         self._incoming.put_nowait({"type": "http.request", "body": json.dumps(body).encode()})
-        self._news = asyncio.Event()
         self.sent = b""
         self.status: int | None = None
         self.over = False
@@ -254,18 +260,16 @@ class Exchange:
     async def _run(self) -> None:
         await self._world.app(self._scope, self._incoming.get, self._send)
 
-    async def _send(self, message: Any) -> None:  # noqa: ANN401
+    async def _send(self, message: MutableMapping[str, Any]) -> None:
         self.status = message.get("status", self.status)
         self.sent += message.get("body", b"")
         self.over = message["type"] == "http.response.body" and not message.get("more_body")
-        self._news.set()
 
     async def until(self, reached: Callable[[], bool]) -> None:
-        """Wait until `reached`, which is looked at after each part and now and then."""
+        """Wait until `reached` is true; an error after 20 s."""
         async with asyncio.timeout(20):
             while not reached():
-                await asyncio.wait({asyncio.ensure_future(self._news.wait())}, timeout=0.01)
-                self._news.clear()
+                await asyncio.sleep(0.002)
 
     def hang_up(self) -> None:
         """The client leaves."""
