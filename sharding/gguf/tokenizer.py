@@ -6,14 +6,15 @@ is merged by the score of the merged piece; characters outside the vocabulary be
 The merging itself is done by the `tokenizers` library. Not here: reading the file (`reader.py`) and
 chat templates (only their source text passes through). A tokenizer never changes once built.
 
-Equal to llama.cpp on everything the peer tests could find, within two limits:
-- Where two different SPM pieces of exactly the same score compete for the same characters, the
-  lower id wins instead of the left one. Trained vocabularies have distinct scores.
+Equal to llama.cpp on all that the peer tests could find, within three limits:
+- Where two SPM pieces of exactly the same score compete for a character, the lower id wins, not the
+  left one. Trained vocabularies have distinct scores.
+- An SPM piece with a character that is no token itself is never made; trained ones have none.
 - Where two control or user-defined tokens overlap in a text, the left one wins (of those that
-  start together the longest) instead of the longest of all. `<|a|>`-like tokens cannot overlap.
+  start together the longest), not the longest of all. `<|a|>`-like tokens cannot overlap.
 
-As in llama.cpp a byte that has no token in a byte-level vocabulary is left out of the ids (SmolLM2
-has no token for 21 bytes, such as 0xF9 or 0x00), so its characters do not survive a round trip.
+As in llama.cpp, a byte without a token in a byte-level vocabulary is left out of the ids, so its
+character does not survive a round trip (SmolLM2 lacks 21 bytes, all but unused in UTF-8).
 
 Format: the GGUF specification's `[tokenizer]` section.
 """
@@ -23,7 +24,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,15 +41,12 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 
 _SPACE = "\u2581"  # SentencePiece writes a space as this character
 
+# Far beyond any real vocabulary; what cutting every piece in two costs grows with the square.
+_MOST_PIECE_CHARS = 512
+
 # Tokens that end an answer in the files of several families, whatever eos_token_id says.
-_END_NAMES = (
-    "<|im_end|>",
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<|end_of_text|>",
-    "<|endoftext|>",
-    "<end_of_turn>",
-    "<|end|>",
+_END_NAMES = tuple(
+    "<|im_end|> <|eot_id|> <|eom_id|> <|end_of_text|> <|endoftext|> <end_of_turn> <|end|>".split()
 )
 
 
@@ -89,25 +87,39 @@ _PRE_TOKENIZERS = {
 _PRE_TOKENIZERS |= dict.fromkeys(("llama3", "llama-v3"), _PRE_TOKENIZERS["llama-bpe"])
 
 
-def _byte_letters() -> dict[int, int]:
-    """The character that stands for each byte in a byte-level vocabulary (GPT-2's encoder), as a
-    table from character to byte: printable Latin-1 stands for itself, the rest starts at U+0100."""
+def _letters() -> dict[str, bytes]:
+    """The byte that each letter of a byte-level vocabulary stands for (GPT-2's encoder): printable
+    Latin-1 for itself, U+0100 and on for the other bytes in turn."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    return {byte: byte for byte in printable} | {256 + i: byte for i, byte in enumerate(others)}
+    pairs = [*zip(printable, printable, strict=True), *enumerate(others, start=256)]
+    return {chr(letter): bytes((byte,)) for letter, byte in pairs}
 
 
-_BYTE_OF_LETTER = _byte_letters()
+_LETTERS = _letters()
+_BYTE_NAMES = {f"<0x{byte:02X}>": bytes((byte,)) for byte in range(256)}  # SPM's byte tokens
 
 
 class Tokenizer:
     """Token ids in `[0, vocab_size)` for text, and text for token ids. Safe to share by threads:
-    encoding releases the interpreter lock and takes time linear in the text."""
+    encoding releases the interpreter lock and takes time linear in the text.
 
-    def __init__(self, vocab: _Vocab, model: BPE) -> None:
+    `bos_id`, `eos_id`: the tokens that begin and end a text, if the file names them. `stop_ids`:
+    the tokens that end an answer (end of text, turn or message), eos first. `add_bos`: whether
+    `encode` puts `bos_id` first when `add_special` is set. `chat_template`: source of the file's
+    Jinja template, untrusted code: render it in a sandbox only.
+    """
+
+    def __init__(self, metadata: Metadata, vocab: _Vocab, model: BPE) -> None:
         self._vocab = vocab
         self._parsing = _engine(vocab, model, (_UNKNOWN, _CONTROL, _USER_DEFINED))
         self._literal = _engine(vocab, model, (_USER_DEFINED,))
+        self.vocab_size: Final = len(vocab.tokens)
+        self.bos_id: Final = _token_id(metadata, "bos", self.vocab_size)
+        self.eos_id: Final = _token_id(metadata, "eos", self.vocab_size)
+        self.stop_ids: Final = _stop_ids(metadata, vocab.ids)
+        self.add_bos: Final = bool(vocab.begin)
+        self.chat_template: Final = _optional_text(metadata, "tokenizer.chat_template")
 
     @classmethod
     def from_metadata(cls, metadata: Metadata) -> Tokenizer:
@@ -116,50 +128,20 @@ class Tokenizer:
         Raises `UnsupportedModelError` for a model or pre-tokenizer that is not known here, and
         `CorruptFileError` for missing, ill-typed or contradictory keys.
         """
-        kind = _optional_text(metadata, "tokenizer.ggml.model")
-        if kind is None:
-            raise CorruptFileError("metadata key tokenizer.ggml.model is missing")
-        if kind not in ("gpt2", "llama"):
-            raise UnsupportedModelError(
-                f"tokenizer model {kind!r:.60} is not supported; supported: gpt2, llama"
-            )
-        vocab = _read_vocab(metadata, _pre_tokenizer(metadata) if kind == "gpt2" else None)
-        model = _spm_model(metadata, vocab) if vocab.pre is None else _bpe_model(metadata, vocab)
-        return cls(vocab, model)
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of tokens; a model may have more rows in its output than this."""
-        return len(self._vocab.tokens)
-
-    @property
-    def bos_id(self) -> int | None:
-        """The token that begins a text, if the file names one."""
-        return self._vocab.bos_id
-
-    @property
-    def eos_id(self) -> int | None:
-        """The token that ends a text, if the file names one."""
-        return self._vocab.eos_id
-
-    @property
-    def stop_ids(self) -> tuple[int, ...]:
-        """Tokens that end an answer: end of text, of turn and of message; eos first."""
-        return self._vocab.stop_ids
-
-    @property
-    def add_bos(self) -> bool:
-        """Whether `encode` puts `bos_id` first when `add_special` is set."""
-        return self._vocab.add_bos
-
-    @property
-    def chat_template(self) -> str | None:
-        """Source of the file's Jinja chat template: untrusted code, render it in a sandbox only."""
-        return self._vocab.chat_template
+        if _choice(metadata, "tokenizer.ggml.model", None, ("gpt2", "llama")) == "llama":
+            vocab = _read_vocab(metadata, None)
+            return cls(metadata, vocab, _spm_model(metadata, vocab))
+        pre = _choice(metadata, "tokenizer.ggml.pre", "default", _PRE_TOKENIZERS)
+        vocab = _read_vocab(metadata, _PRE_TOKENIZERS[pre])
+        return cls(metadata, vocab, _bpe_model(metadata, vocab))
 
     def token_text(self, token_id: int) -> str:
         """The token as the vocabulary spells it (byte letters, U+2581 for a space)."""
-        return self._vocab.tokens[self._checked(token_id)]
+        if not 0 <= token_id < self.vocab_size:
+            raise RequestError(
+                f"token id {token_id} is outside the vocabulary [0, {self.vocab_size})"
+            )
+        return self._vocab.tokens[token_id]
 
     def token_bytes(self, token_id: int, *, special: bool = True) -> bytes:
         """What the token adds to a text; may be a part of a UTF-8 character. Empty for control and
@@ -170,9 +152,8 @@ class Tokenizer:
         if kind == _USER_DEFINED:
             return text.encode()
         if self._vocab.pre is None:
-            byte = self._vocab.byte_of.get(token_id)
-            return text.replace(_SPACE, " ").encode() if byte is None else bytes((byte,))
-        return b"".join(_letter_bytes(letter) for letter in text)
+            return _BYTE_NAMES.get(text) or text.replace(_SPACE, " ").encode()
+        return b"".join(_LETTERS.get(letter) or letter.encode() for letter in text)
 
     def encode(
         self, text: str, *, add_special: bool = True, parse_special: bool = True
@@ -194,11 +175,7 @@ class Tokenizer:
         engine = self._parsing if parse_special else self._literal
         # Unlike `encode`, the batch call releases the interpreter lock and skips offsets.
         ids: list[int] = engine.encode_batch_fast([text], add_special_tokens=False)[0].ids
-        if not add_special:
-            return ids
-        begin = [self._vocab.bos_id] if self._vocab.add_bos else []
-        end = [self._vocab.eos_id] if self._vocab.add_eos else []
-        return [token_id for token_id in (*begin, *ids, *end) if token_id is not None]
+        return [*self._vocab.begin, *ids, *self._vocab.end] if add_special else ids
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Text of token ids; bytes that are no UTF-8 become U+FFFD. Raises `RequestError` for an
@@ -209,13 +186,6 @@ class Tokenizer:
     def incremental(self, *, skip_special: bool = True) -> IncrementalDecoder:
         """A decoder for one text whose tokens arrive one by one."""
         return IncrementalDecoder(self, self._vocab, skip_special)
-
-    def _checked(self, token_id: int) -> int:
-        if not 0 <= token_id < self.vocab_size:
-            raise RequestError(
-                f"token id {token_id} is outside the vocabulary [0, {self.vocab_size})"
-            )
-        return token_id
 
 
 class IncrementalDecoder:
@@ -246,59 +216,54 @@ class IncrementalDecoder:
 
 @dataclass(frozen=True)
 class _Vocab:
-    """What a file says about its tokens. `pre` is None for SPM; `kinds[i]` is the token type."""
+    """What a file says about its tokens. `kinds[i]` is the token type; `pre` is None for SPM.
+    `begin`, `end`: what goes around every text."""
 
     tokens: list[str]
     ids: dict[str, int]
     kinds: list[int]
     pre: _PreTokenizer | None
-    byte_of: dict[int, int]
-    bos_id: int | None
-    eos_id: int | None
-    unknown_id: int | None
-    stop_ids: tuple[int, ...]
-    add_bos: bool
-    add_eos: bool
     add_space_prefix: bool
-    chat_template: str | None
+    begin: tuple[int, ...]
+    end: tuple[int, ...]
 
 
 def _read_vocab(metadata: Metadata, pre: _PreTokenizer | None) -> _Vocab:
     tokens = _strings(metadata, "tokenizer.ggml.tokens")
     ids = _distinct(tokens)
-    kinds = _kinds(metadata, len(tokens))
+    kinds = [_NORMAL] * len(tokens)
+    if "tokenizer.ggml.token_type" in metadata:
+        kinds = _numbers(metadata, "tokenizer.ggml.token_type", "iu", len(tokens)).tolist()
     for name in _END_NAMES:  # some converters forget to mark these
         if name in ids:
             kinds[ids[name]] = _CONTROL
-    bos_id, eos_id, unknown_id, eot_id, eom_id = (
-        _token_id(metadata, name, len(tokens)) for name in ("bos", "eos", "unknown", "eot", "eom")
-    )
-    ends = (eos_id, eot_id, eom_id, *(ids.get(name) for name in _END_NAMES))
-    bos_wanted = bos_id is not None and (pre is None or pre.add_bos)
     return _Vocab(
         tokens=tokens,
         ids=ids,
         kinds=kinds,
         pre=pre,
-        byte_of={ids[name]: byte for byte in range(256) if (name := f"<0x{byte:02X}>") in ids},
-        bos_id=bos_id,
-        eos_id=eos_id,
-        unknown_id=unknown_id,
-        stop_ids=tuple(dict.fromkeys(token_id for token_id in ends if token_id is not None)),
-        add_bos=_adds(metadata, "bos", bos_id, default=bos_wanted),
-        add_eos=_adds(metadata, "eos", eos_id, default=False),
         add_space_prefix=_flag(metadata, "tokenizer.ggml.add_space_prefix", True) and pre is None,
-        chat_template=_optional_text(metadata, "tokenizer.chat_template"),
+        begin=_around(metadata, "bos", len(tokens), default=pre is None or pre.add_bos),
+        end=_around(metadata, "eos", len(tokens), default=False),
     )
 
 
-def _kinds(metadata: Metadata, count: int) -> list[int]:
-    """The type of each token; a file without types has plain text only."""
-    key = "tokenizer.ggml.token_type"
-    if key not in metadata:
-        return [_NORMAL] * count
-    kinds: list[int] = _numbers(metadata, key, "iu", count).tolist()
-    return kinds
+def _around(metadata: Metadata, name: str, count: int, default: bool) -> tuple[int, ...]:
+    """The token that goes before or after every text, if the file has and wants it."""
+    key = f"tokenizer.ggml.add_{name}_token"
+    token_id = _token_id(metadata, name, count)
+    if token_id is not None:
+        return (token_id,) if _flag(metadata, key, default) else ()
+    if _flag(metadata, key, False):
+        raise CorruptFileError(f"{key} is set, but tokenizer.ggml.{name}_token_id is missing")
+    return ()
+
+
+def _stop_ids(metadata: Metadata, ids: Mapping[str, int]) -> tuple[int, ...]:
+    keyed = (_token_id(metadata, name, len(ids)) for name in ("eos", "eot", "eom"))
+    named = (ids.get(name) for name in _END_NAMES)
+    found = (token_id for token_id in (*keyed, *named) if token_id is not None)
+    return tuple(dict.fromkeys(found))
 
 
 def _regex(pattern: str) -> Regex:
@@ -341,10 +306,8 @@ def _bpe_model(metadata: Metadata, vocab: _Vocab) -> BPE:
                 f"merge {index} of {len(lines)}, {line!r:.60}, is not two tokens that make a third"
             )
         merges.append((left, right))
-    if len(set(merges)) != len(merges):
-        raise CorruptFileError(
-            f"{len(merges) - len(set(merges))} of {len(merges)} merges are duplicates"
-        )
+    if repeated := len(merges) - len(set(merges)):
+        raise CorruptFileError(f"{repeated} of {len(merges)} merges are duplicates")
     return BPE(vocab.ids, merges, ignore_merges=vocab.pre is not None and vocab.pre.whole_words)
 
 
@@ -356,43 +319,39 @@ def _spm_model(metadata: Metadata, vocab: _Vocab) -> BPE:
     """
     tokens, ids = vocab.tokens, vocab.ids
     scores = _numbers(metadata, "tokenizer.ggml.scores", "f", len(tokens))
-    if not np.isfinite(scores).all():
-        bad = int(np.flatnonzero(~np.isfinite(scores))[0])
+    for bad in np.flatnonzero(~np.isfinite(scores)):
         raise CorruptFileError(f"the score of token {bad} is {scores[bad]}, not a finite number")
     merges = []
     for token_id in np.argsort(-scores, kind="stable").tolist():
         token = tokens[token_id]
+        if len(token) > _MOST_PIECE_CHARS:
+            what = f"token {token_id} has {len(token)} characters"
+            raise CorruptFileError(f"{what}; at most {_MOST_PIECE_CHARS} are expected")
         for cut in range(1, len(token)):
             left, right = token[:cut], token[cut:]
             if left in ids and right in ids:
                 merges.append((left, right))
-    unknown = None if vocab.unknown_id is None else tokens[vocab.unknown_id]
+    unknown_id = _token_id(metadata, "unknown", len(tokens))
+    unknown = None if unknown_id is None else tokens[unknown_id]
     return BPE(ids, merges, unk_token=unknown, byte_fallback=True)
 
 
-def _letter_bytes(letter: str) -> bytes:
-    byte = _BYTE_OF_LETTER.get(ord(letter))
-    return letter.encode() if byte is None else bytes((byte,))
-
-
-def _pre_tokenizer(metadata: Metadata) -> _PreTokenizer:
-    name = _optional_text(metadata, "tokenizer.ggml.pre") or "default"
-    if name not in _PRE_TOKENIZERS:
-        known = ", ".join(sorted(_PRE_TOKENIZERS))
+def _choice(metadata: Metadata, key: str, default: str | None, known: Iterable[str]) -> str:
+    value = metadata.get(key, default)
+    if not isinstance(value, str):
+        raise CorruptFileError(f"metadata key {key} is missing or no string")
+    if value not in known:
         raise UnsupportedModelError(
-            f"pre-tokenizer {name!r:.60} is not supported; supported: {known}"
+            f"{key} {value!r:.60} is not supported; supported: {', '.join(sorted(known))}"
         )
-    return _PRE_TOKENIZERS[name]
+    return value
 
 
 def _distinct(tokens: list[str]) -> dict[str, int]:
-    if not tokens:
-        raise CorruptFileError("tokenizer.ggml.tokens is empty")
-    ids: dict[str, int] = {}
+    ids = {token: token_id for token_id, token in enumerate(tokens)}
     for token_id, token in enumerate(tokens):
-        first = ids.setdefault(token, token_id)
-        if first != token_id:
-            raise CorruptFileError(f"tokens {first} and {token_id} are both {token!r:.60}")
+        if ids[token] != token_id:
+            raise CorruptFileError(f"tokens {token_id} and {ids[token]} are both {token!r:.60}")
     return ids
 
 
@@ -407,6 +366,8 @@ def _strings(metadata: Metadata, key: str) -> list[str]:
     values = metadata.get(key)
     if not isinstance(values, list):
         raise CorruptFileError(f"metadata key {key} is missing or no array of strings")
+    if not values:
+        raise CorruptFileError(f"{key} is empty")
     for index, value in enumerate(values):
         if not isinstance(value, str):
             raise CorruptFileError(f"{key}[{index}] is {value!r:.60}, not a string")
@@ -444,12 +405,3 @@ def _flag(metadata: Metadata, key: str, default: bool) -> bool:
     if not isinstance(value, bool):
         raise CorruptFileError(f"{key} is {value!r:.60}, not a boolean")
     return value
-
-
-def _adds(metadata: Metadata, name: str, token_id: int | None, default: bool) -> bool:
-    """Whether every text gets this token; then there must be one."""
-    key = f"tokenizer.ggml.add_{name}_token"
-    wanted = _flag(metadata, key, default)
-    if wanted and token_id is None:
-        raise CorruptFileError(f"{key} is set, but tokenizer.ggml.{name}_token_id is missing")
-    return wanted

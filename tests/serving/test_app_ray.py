@@ -62,10 +62,8 @@ def test_a_stream_says_the_same_as_a_whole_answer(client: openai.OpenAI, served:
     assert "".join(pieces) == whole.choices[0].message.content
 
 
-async def test_sixteen_streams_at_once_get_what_each_gets_alone(served: Served) -> None:
-    client = openai.AsyncOpenAI(base_url=served.url + "/v1", api_key="none", max_retries=0)
-
-    async def ask(number: int) -> str:
+def test_sixteen_streams_at_once_get_what_each_gets_alone(served: Served) -> None:
+    async def ask(client: openai.AsyncOpenAI, number: int) -> str:
         stream = await client.completions.create(
             model=served.model,
             prompt="Count: " + "one two three " * (1 + number % 5),
@@ -76,11 +74,15 @@ async def test_sixteen_streams_at_once_get_what_each_gets_alone(served: Served) 
         )
         return "".join([chunk.choices[0].text async for chunk in stream if chunk.choices])
 
-    together = await asyncio.gather(*(ask(number) for number in range(16)))
-    alone = [await ask(number) for number in range(0, 16, 5)]
-    assert [together[number] for number in range(0, 16, 5)] == alone
+    async def both() -> tuple[list[str], list[str]]:
+        url = served.url + "/v1"
+        async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
+            together = await asyncio.gather(*(ask(client, number) for number in range(16)))
+            return together[::5], [await ask(client, number) for number in range(0, 16, 5)]
+
+    together, alone = asyncio.run(both())
+    assert together == alone
     assert all(together)
-    await client.close()
 
 
 def test_scores_choices_and_echo_through_all_layers(client: openai.OpenAI, served: Served) -> None:

@@ -15,15 +15,7 @@ import pytest
 
 from sharding.errors import CorruptFileError, ModelFileError, UnsupportedModelError
 from sharding.gguf.reader import GGUFFile
-from tests.tiny_gguf import (
-    Tensor,
-    file_head,
-    padded,
-    tensor_entry,
-    text,
-    tiny_llama,
-    write_gguf,
-)
+from tests.tiny_gguf import Tensor, file_head, padded, tensor_entry, text, tiny_llama, write_gguf
 
 RAMP = np.arange(12, dtype=np.float32)
 TENSORS: dict[str, Tensor] = {
@@ -343,11 +335,8 @@ def write_set(folder: Path, totals: tuple[int, ...] = (3, 3, 3)) -> list[Path]:
     """Three files of one tensor each; `totals` is what each says about the number of tensors."""
     paths = [folder / f"m-{number:05d}-of-00003.gguf" for number in (1, 2, 3)]
     for no, (path, total) in enumerate(zip(paths, totals, strict=True)):
-        split = {
-            "split.no": np.uint16(no),
-            "split.count": np.uint16(3),
-            "split.tensors.count": np.int32(total),
-        }
+        split: dict[str, Any] = {"split.no": np.uint16(no), "split.count": np.uint16(3)}
+        split["split.tensors.count"] = np.int32(total)
         tensor: Tensor = (np.full(4, no, np.float32), (4,), "F32")
         extra = {"general.architecture": "llama"} if no == 0 else {}
         path.write_bytes(write_gguf(extra | split, {f"t{no}": tensor}))
@@ -395,9 +384,7 @@ class TestSplitSets:
             GGUFFile.open(paths[0])
 
     @pytest.mark.parametrize("totals", [(4, 4, 4), (3, 3, 2)])
-    def test_parts_that_disagree_about_the_tensors(
-        self, tmp_path: Path, totals: tuple[int, ...]
-    ) -> None:
+    def test_parts_that_disagree(self, tmp_path: Path, totals: tuple[int, ...]) -> None:
         with pytest.raises(CorruptFileError, match="hold 3 tensors"):
             GGUFFile.open(write_set(tmp_path, totals)[0])
 

@@ -10,6 +10,7 @@ import tracemalloc
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -87,6 +88,7 @@ def check_loaded(file: GGUFFile, data: bytes) -> None:
     assert all(key for key in file.metadata)
 
 
+@pytest.mark.slow
 @settings(
     max_examples=10_000,
     deadline=None,

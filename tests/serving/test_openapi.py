@@ -1,0 +1,66 @@
+"""`/openapi.json` is true: schemathesis finds no answer that it does not describe."""
+
+from __future__ import annotations
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, settings
+from schemathesis import Case
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    negative_data_rejection,
+    response_headers_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from tests.serving.fakes import World
+
+WORLD = World()
+SCHEMA = schemathesis.openapi.from_asgi("/openapi.json", WORLD.app)
+CHECKS = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+    negative_data_rejection,
+]
+
+
+@SCHEMA.parametrize()
+@settings(
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+def test_no_answer_contradicts_the_description(case: Case) -> None:
+    case.call_and_validate(checks=CHECKS)
+
+
+OPERATIONS = [
+    (path, method, operation)
+    for path, operations in WORLD.app.openapi()["paths"].items()
+    for method, operation in operations.items()
+]
+
+
+@pytest.mark.parametrize(("path", "method", "operation"), OPERATIONS)
+def test_fastapis_own_422_is_not_promised(
+    path: str, method: str, operation: dict[str, dict[str, object]]
+) -> None:
+    """It is answered as 400 in OpenAI's shape."""
+    assert "422" not in operation["responses"]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_generation_documents_streams_and_errors(path: str) -> None:
+    responses = WORLD.app.openapi()["paths"][path]["post"]["responses"]
+    assert set(responses["200"]["content"]) == {"application/json", "text/event-stream"}
+    assert set(responses) == {"200", "400", "404", "413", "429", "500", "503"}
+    error = {"$ref": "#/components/schemas/ErrorBody"}
+    assert responses["429"]["content"]["application/json"]["schema"] == error
+    assert "Retry-After" in responses["503"]["headers"]
