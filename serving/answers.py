@@ -26,6 +26,7 @@ from serving.text import AnswerText, Piece
 from sharding.errors import LongspanError, PipelineError
 
 _log = logging.getLogger(__name__)
+_CANCELLED = "the engine cancelled this request; try again"
 
 
 class Wording(Protocol):
@@ -59,6 +60,7 @@ class Running:
         self._early: list[tuple[int, Event]] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._left = len(requests)
+        self._stopped: set[int] = set()
 
     async def __aenter__(self) -> Self:
         for index, request in enumerate(self._requests):
@@ -98,6 +100,7 @@ class Running:
 
     def stop(self, index: int) -> None:
         """Cancel one request: its answer is complete."""
+        self._stopped.add(index)
         self._tasks[index].cancel()
 
     async def _next(self) -> tuple[int, Event] | None:
@@ -107,8 +110,10 @@ class Running:
             return index, event
         self._left -= 1
         task = self._tasks[index]
-        error = None if task.cancelled() else task.exception()
-        if error is not None:
+        if task.cancelled():
+            if index not in self._stopped:
+                raise PipelineError(_CANCELLED)
+        elif error := task.exception():
             raise _ours(error)
         return None
 
@@ -134,7 +139,7 @@ def _check(event: Event) -> None:
     if event.error is not None:
         raise PipelineError(event.error)
     if event.finish_reason == CANCELLED:
-        raise PipelineError("the engine cancelled this request; try again")
+        raise PipelineError(_CANCELLED)
 
 
 def _ours(error: BaseException) -> LongspanError:

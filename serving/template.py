@@ -87,7 +87,10 @@ class ChatTemplate:
         pieces, left = list[str](), max(_LEAST_OUTPUT_CHARS, _OUTPUT_FACTOR * size)
         with rendering(allowance):
             for piece in template.generate(
-                messages=messages, tools=None, add_generation_prompt=add_generation_prompt, **self._tokens
+                messages=messages,
+                tools=None,
+                add_generation_prompt=add_generation_prompt,
+                **self._tokens,
             ):
                 pieces.append(piece)
                 left -= len(piece)

@@ -6,15 +6,14 @@ is merged by the score of the merged piece; characters outside the vocabulary be
 The merging itself is done by the `tokenizers` library. Not here: reading the file (`reader.py`) and
 chat templates (only their source text passes through). A tokenizer never changes once built.
 
-Equal to llama.cpp on all that the peer tests could find, within three limits:
+Equal to llama.cpp in all that the peer tests could find (also in that a byte without a token in a
+byte-level vocabulary is left out of the ids: SmolLM2 lacks 21, all but unused in UTF-8), except:
 - Where two SPM pieces of exactly the same score compete for a character, the lower id wins, not the
   left one. Trained vocabularies have distinct scores.
 - An SPM piece with a character that is no token itself is never made; trained ones have none.
 - Where two control or user-defined tokens overlap in a text, the left one wins (of those that
   start together the longest), not the longest of all. `<|a|>`-like tokens cannot overlap.
-
-As in llama.cpp, a byte without a token in a byte-level vocabulary is left out of the ids, so its
-character does not survive a round trip (SmolLM2 lacks 21 bytes, all but unused in UTF-8).
+- Gemma's `</s>` is what its file says, a user-defined HTML tag; llama.cpp calls it a control token.
 
 Format: the GGUF specification's `[tokenizer]` section.
 """
@@ -45,9 +44,12 @@ _SPACE = "\u2581"  # SentencePiece writes a space as this character
 _MOST_PIECE_CHARS = 512
 
 # Tokens that end an answer in the files of several families, whatever eos_token_id says.
-_END_NAMES = tuple(
-    "<|im_end|> <|eot_id|> <|eom_id|> <|end_of_text|> <|endoftext|> <end_of_turn> <|end|>".split()
+# fmt: off
+_END_NAMES = (
+    "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|endoftext|>", "<end_of_turn>",
+    "<|end|>",
 )
+# fmt: on
 
 
 @dataclass(frozen=True)
@@ -86,17 +88,13 @@ _PRE_TOKENIZERS = {
 }
 _PRE_TOKENIZERS |= dict.fromkeys(("llama3", "llama-v3"), _PRE_TOKENIZERS["llama-bpe"])
 
+# The letter of each byte in a byte-level vocabulary (GPT-2's encoder): printable Latin-1 stands for
+# itself, U+0100 and on for the other bytes in turn.
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+_LETTERS = {chr(byte): bytes((byte,)) for byte in _PRINTABLE}
+_LETTERS |= {chr(256 + index): bytes((byte,)) for index, byte in enumerate(_OTHERS)}
 
-def _letters() -> dict[str, bytes]:
-    """The byte that each letter of a byte-level vocabulary stands for (GPT-2's encoder): printable
-    Latin-1 for itself, U+0100 and on for the other bytes in turn."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    pairs = [*zip(printable, printable, strict=True), *enumerate(others, start=256)]
-    return {chr(letter): bytes((byte,)) for letter, byte in pairs}
-
-
-_LETTERS = _letters()
 _BYTE_NAMES = {f"<0x{byte:02X}>": bytes((byte,)) for byte in range(256)}  # SPM's byte tokens
 
 
@@ -138,9 +136,7 @@ class Tokenizer:
     def token_text(self, token_id: int) -> str:
         """The token as the vocabulary spells it (byte letters, U+2581 for a space)."""
         if not 0 <= token_id < self.vocab_size:
-            raise RequestError(
-                f"token id {token_id} is outside the vocabulary [0, {self.vocab_size})"
-            )
+            raise RequestError(f"token id {token_id} is not in [0, {self.vocab_size})")
         return self._vocab.tokens[token_id]
 
     def token_bytes(self, token_id: int, *, special: bool = True) -> bytes:
@@ -285,13 +281,8 @@ def _engine(vocab: _Vocab, model: BPE, kinds: tuple[int, ...]) -> Engine:
         cuts = [pre_tokenizers.Split(_regex(pattern), "isolated") for pattern in vocab.pre.regexes]
         letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         engine.pre_tokenizer = pre_tokenizers.Sequence([*cuts, letters])
-    engine.add_tokens(
-        [
-            AddedToken(token, normalized=False, special=kind != _USER_DEFINED)
-            for token, kind in zip(vocab.tokens, vocab.kinds, strict=True)
-            if kind in kinds
-        ]
-    )
+    found = (t for t, kind in zip(vocab.tokens, vocab.kinds, strict=True) if kind in kinds)
+    engine.add_tokens([AddedToken(token, normalized=False) for token in found])
     return engine
 
 

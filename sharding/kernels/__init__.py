@@ -5,10 +5,9 @@ load.
     R rotary pairs of a head, F feed-forward width, P pages, S slots a page
 
 Activations are float32, contiguous, row-major. KV pages are FP16: keys `[P, G, D, S]` so that
-vector lanes run over slots, values `[P, G, S, D]`. A kernel set that claims `exact` reduces every
-output element in one fixed order, whatever T and whatever else is in the batch; the reference set
-does not claim it (it agrees with itself within float32 rounding). Nothing here may keep a request's
-state.
+vector lanes run over slots, values `[P, G, S, D]`. Every output element is reduced in one fixed
+order, whatever T is and whatever else is in the batch: chunks, batches and stages must not show in
+the logits. Nothing here may keep a request's state.
 """
 
 from __future__ import annotations
@@ -46,7 +45,6 @@ class Kernels(Protocol):
     """One kernel set. Every method is a pure function but `write_kv`."""
 
     name: str
-    exact: bool
 
     def resident_bytes(self, info: TensorInfo) -> int:
         """Bytes that `pack` keeps in memory for this tensor."""

@@ -1,8 +1,13 @@
 """The slow twin: every kernel of the contract in plain torch, on weights dequantised to float32.
 
 It is the definition that other kernel sets are tested against, and runs wherever torch runs. It is
-not fast, not frugal (4 bytes a weight) and not `exact`: torch picks its GEMM by shape, so the same
-token in a batch of another size may differ in the last bits.
+not fast and not frugal (4 bytes a weight).
+
+A BLAS picks its way by the shape of a product, and another way sums in another order. A difference
+in the last bit of a key may round to another FP16 value in the cache, a thousand times larger, so
+shapes are fixed here: products are computed in tiles of `ROW_TILE` tokens, attention in tiles of
+`QUERY_TILE` tokens and `KV_BLOCK` slots, padded where there are fewer. How a prompt was cut and
+what else is in the batch then only moves a row within a tile, which changes nothing.
 """
 
 from __future__ import annotations
@@ -13,9 +18,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn.functional import linear, silu
+from torch.nn.functional import silu
 
-from sharding.cost import SCORE_BYTES, fp32_resident
+from sharding.cost import fp32_resident
 from sharding.gguf.quants import dequantise
 
 if TYPE_CHECKING:
@@ -25,8 +30,9 @@ if TYPE_CHECKING:
     from sharding.model.kv_cache import LayerPages
 
 
-KV_BLOCK = 4096
-"""Slots whose keys and values are in float32 at a time; whole pages."""
+ROW_TILE = 8
+QUERY_TILE = 16
+KV_BLOCK = 256
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,6 @@ class ReferenceKernels:
     """See the contract in `sharding/kernels/__init__.py`."""
 
     name = "reference"
-    exact = False
 
     def resident_bytes(self, info: TensorInfo) -> int:
         """Four bytes a weight."""
@@ -82,8 +87,14 @@ class ReferenceKernels:
         return _matrix(weight)[ids_T]
 
     def matmul(self, x_TI: torch.Tensor, weight: Weight) -> torch.Tensor:
-        """Torch's GEMM, GEMV for one token."""
-        return linear(x_TI, _matrix(weight))
+        """Torch's GEMM, tile by tile."""
+        matrix_IO = _matrix(weight).t()
+        padded = _pad_rows(x_TI, ROW_TILE)
+        product = torch.empty(len(padded), matrix_IO.shape[1])
+        for first in range(0, len(padded), ROW_TILE):
+            tile = slice(first, first + ROW_TILE)
+            torch.mm(padded[tile], matrix_IO, out=product[tile])
+        return product[: len(x_TI)]
 
     def rms_norm(self, x_TI: torch.Tensor, scale_I: torch.Tensor, eps: float) -> torch.Tensor:
         """The mean square is a float32 reduction over one row."""
@@ -118,38 +129,45 @@ class ReferenceKernels:
         return silu(gate) * up
 
 
+def _pad_rows(x: torch.Tensor, tile: int) -> torch.Tensor:
+    """Zero rows at the end, so that the first dimension is whole tiles."""
+    missing = -len(x) % tile
+    return torch.cat((x, x.new_zeros(missing, *x.shape[1:]))) if missing else x.contiguous()
+
+
 def _attend(q_THD: torch.Tensor, rows: Rows, pages: LayerPages) -> torch.Tensor:
-    """One segment's attention, in runs of query rows whose scores stay under `SCORE_BYTES`."""
+    """One segment's attention, tile by tile; the heads that share a kv head read it once."""
     tokens, heads, dim = q_THD.shape
     shared = heads // pages.kv_heads
-    run = max(1, SCORE_BYTES // (4 * heads * KV_BLOCK))
-    # [T, G * shared, D] -> [G, T, shared, D]: the heads that share a kv head read it once.
-    q_GTsD = (q_THD * dim**-0.5).unflatten(1, (-1, shared)).transpose(0, 1)
-    runs = []
-    for first in range(0, tokens, run):
-        q_GtD = q_GTsD[:, first : first + run].flatten(1, 2)
-        seen_t = torch.arange(first, min(first + run, tokens)) + rows.position
-        mixed = _attend_run(q_GtD, seen_t.repeat_interleave(shared), rows.pages, pages)
-        runs.append(mixed.unflatten(1, (-1, shared)).transpose(0, 1).flatten(1, 2))
-    return torch.cat(runs)
+    padded = _pad_rows(q_THD * dim**-0.5, QUERY_TILE)
+    stop = rows.position + tokens
+    attended = torch.empty_like(padded)
+    for first in range(0, tokens, QUERY_TILE):
+        tile = slice(first, first + QUERY_TILE)
+        # [T, G * shared, D] -> [G, T * shared, D]
+        q_GtD = padded[tile].unflatten(1, (-1, shared)).transpose(0, 1).flatten(1, 2)
+        seen_T = (torch.arange(first, first + QUERY_TILE) + rows.position).clamp(max=stop - 1)
+        mixed_GtD = _attend_tile(q_GtD, seen_T.repeat_interleave(shared), rows.pages, pages)
+        attended[tile] = mixed_GtD.unflatten(1, (-1, shared)).transpose(0, 1).flatten(1, 2)
+    return attended[:tokens]
 
 
-def _attend_run(
+def _attend_tile(
     q_GtD: torch.Tensor, seen_t: torch.Tensor, table: torch.Tensor, pages: LayerPages
 ) -> torch.Tensor:
     """Queries over slots up to `seen_t` (included), block by block with an online softmax.
 
-    Blocks bound the memory at any depth (Milakov and Gimelshein, 2018): only one is in float32.
+    A block that a query does not see changes nothing for it, bit for bit: weights of 0, a factor of
+    1. Milakov and Gimelshein, 2018.
     """
     length = int(seen_t[-1]) + 1
     most = torch.full((*q_GtD.shape[:2], 1), -torch.inf)
     total = torch.zeros_like(most)
     mixed = torch.zeros_like(q_GtD)
     for start in range(0, length, KV_BLOCK):
-        stop = min(start + KV_BLOCK, length)
-        k_GDN, v_GND = pages.gather(table, start, stop)
+        k_GDN, v_GND = pages.gather(table, start, KV_BLOCK, length)
         scores = q_GtD @ k_GDN
-        scores.masked_fill_(torch.arange(start, stop) > seen_t[:, None], -torch.inf)
+        scores.masked_fill_(torch.arange(start, start + KV_BLOCK) > seen_t[:, None], -torch.inf)
         # Slot 0 is seen by everybody, so the maximum is finite from the first block on.
         higher = torch.maximum(most, scores.amax(-1, keepdim=True))
         weights = torch.exp(scores - higher)

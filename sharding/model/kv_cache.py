@@ -29,17 +29,22 @@ class LayerPages:
         return self.k_PGDS.shape[1]
 
     def gather(
-        self, table: torch.Tensor, start: int, stop: int
+        self, table: torch.Tensor, start: int, slots: int, length: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Slots `[start, stop)` of a page table as float32: keys `[G, D, N]`, values `[G, N, D]`.
+        """Slots `[start, start + slots)` of a page table, whole pages: `[G, D, N]` and `[G, N, D]`.
 
-        `start` begins a page. Slots past `stop` are cut off, not masked: what a former request left
-        there may be infinite, and zero times infinity is not zero.
+        Float32. Slots from `length` on are zero: what a former request left there may be infinite,
+        and a weight of zero times infinity is not zero.
         """
-        used = table[start // PAGE_SLOTS : -(-stop // PAGE_SLOTS)]
-        k_GDN = self.k_PGDS[used].permute(1, 2, 0, 3).flatten(2)[..., : stop - start]
-        v_GND = self.v_PGSD[used].transpose(0, 1).flatten(1, 2)[:, : stop - start]
-        return k_GDN.float(), v_GND.float()
+        used = table[
+            start // PAGE_SLOTS : min(start + slots, length + PAGE_SLOTS - 1) // PAGE_SLOTS
+        ]
+        k_GDN = torch.zeros(self.kv_heads, self.k_PGDS.shape[2], slots)
+        v_GND = torch.zeros(self.kv_heads, slots, self.k_PGDS.shape[2])
+        valid = min(slots, length - start)
+        k_GDN[..., :valid] = self.k_PGDS[used].permute(1, 2, 0, 3).flatten(2)[..., :valid]
+        v_GND[:, :valid] = self.v_PGSD[used].transpose(0, 1).flatten(1, 2)[:, :valid]
+        return k_GDN, v_GND
 
 
 class PageStore:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import asyncio
 import codecs
 import json
-from collections.abc import AsyncIterator, Callable, Iterable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
 import httpx
+import httpx2
+import openai
 from fastapi import FastAPI
 
 from actors.request import LENGTH, STOP, Event, GenerateRequest
@@ -81,7 +83,7 @@ class ByteDecoder:
         return self._utf8.decode(b"", final=True)
 
 
-Step = Event | Exception | float | asyncio.Event
+Step = Event | BaseException | float | asyncio.Event
 Script = Callable[[GenerateRequest], Iterable[Step]]
 
 ACCEPTED = Event()
@@ -139,7 +141,7 @@ class ScriptedEngine:
         finished = False
         try:
             for step in self.script(request):
-                if isinstance(step, Exception):
+                if isinstance(step, BaseException):
                     raise step
                 if isinstance(step, asyncio.Event):
                     await step.wait()
@@ -210,6 +212,13 @@ class World:
     def complete(self, prompt: object = "hi", **fields: object) -> httpx.Response:
         """A plain completion."""
         return self.post("/v1/completions", {"prompt": prompt, **fields})
+
+    async def with_openai(self, play: Callable[[openai.AsyncOpenAI], Awaitable[None]]) -> None:
+        """Hand `play` the `openai` client. It speaks through httpx2, httpx's successor."""
+        transport = httpx2.ASGITransport(self.app, raise_app_exceptions=False)
+        async with httpx2.AsyncClient(transport=transport, base_url="http://test") as http:
+            base_url = "http://test/v1"
+            await play(openai.AsyncOpenAI(api_key="none", base_url=base_url, http_client=http))
 
 
 def chat_body(text: str = "hi", **fields: object) -> dict[str, object]:

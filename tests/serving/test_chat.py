@@ -165,9 +165,15 @@ def test_one_failing_choice_cancels_the_others() -> None:
 
 
 @pytest.mark.parametrize(
-    "last", [Event(error="stage 1 is gone"), Event(finish_reason="cancelled"), Event()]
+    "last",
+    [
+        Event(error="stage 1 is gone"),
+        Event(finish_reason="cancelled"),
+        Event(),
+        asyncio.CancelledError(),
+    ],
 )
-def test_an_answer_that_the_engine_did_not_finish_is_an_error(last: Event) -> None:
+def test_an_answer_that_the_engine_did_not_finish_is_an_error(last: Step) -> None:
     """A cut answer must never look whole."""
     assert World(lambda _: [ACCEPTED, Event(tokens=choices("a")), last]).chat().status_code == 503
 
@@ -219,19 +225,16 @@ def test_special_tokens_are_shown_only_if_asked_for() -> None:
 
 
 def test_the_openai_client_reads_answers_and_errors() -> None:
-    world = World(saying("Hello"))
+    async def play(client: openai.AsyncOpenAI) -> None:
+        answer = await client.chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": "hi"}]
+        )
+        assert answer.choices[0].message.content == "Hello"
+        assert [model.id async for model in client.models.list()] == ["tiny"]
+        with pytest.raises(openai.NotFoundError, match="served: tiny"):
+            await client.completions.create(model="other", prompt="x")
+        with pytest.raises(openai.BadRequestError) as caught:
+            await client.completions.create(model="tiny", prompt="x" * 5000)
+        assert caught.value.code == "context_length_exceeded"
 
-    async def run() -> None:
-        async with world.client() as http:
-            client = openai.AsyncOpenAI(api_key="x", base_url="http://test/v1", http_client=http)
-            messages = [{"role": "user", "content": "hi"}]
-            answer = await client.chat.completions.create(model="tiny", messages=messages)  # type: ignore[call-overload]
-            assert answer.choices[0].message.content == "Hello"
-            assert [model.id async for model in client.models.list()] == ["tiny"]
-            with pytest.raises(openai.NotFoundError, match="served: tiny"):
-                await client.chat.completions.create(model="other", messages=messages)  # type: ignore[call-overload]
-            with pytest.raises(openai.BadRequestError) as caught:
-                await client.completions.create(model="tiny", prompt="x" * 5000)
-            assert caught.value.code == "context_length_exceeded"
-
-    asyncio.run(run())
+    asyncio.run(World(saying("Hello")).with_openai(play))

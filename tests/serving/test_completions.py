@@ -86,5 +86,4 @@ def test_an_empty_text_still_has_its_first_token() -> None:
 
 def test_missing_scores_are_an_error() -> None:
     """Lists of different lengths would shift every score by some tokens, silently."""
-    script = lambda _: [ACCEPTED, Event(tokens=choices("a"), finish_reason=LENGTH)]  # noqa: E731
-    assert World(script).complete("hi", echo=True, logprobs=1).status_code == 503
+    assert World(repeating).complete("hi", echo=True, logprobs=1).status_code == 503

@@ -41,7 +41,6 @@ WRONG: list[tuple[str, object]] = [
     ("stop", ""),
     ("stop", ["x"] * 17),
     ("stop_token_ids", [260]),
-    ("stop_token_ids", [-1]),
     ("logit_bias", {"5": 101}),
     ("logit_bias", {"260": 1}),
     ("logprobs", 21),

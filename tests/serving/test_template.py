@@ -139,7 +139,8 @@ DOUBLED = "{%% set x = 'aaaaaaaa' %%}%s{{ x }}"
         ),
         pytest.param("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", id="endless recursion"),
         pytest.param(
-            "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(99) }}",
+            "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}"
+            "{{ f(99) }}",
             id="branching recursion",
         ),
         pytest.param("{% for m in messages recursive %}{{ loop(m) }}{% endfor %}", id="recursive"),

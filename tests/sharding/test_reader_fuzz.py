@@ -77,10 +77,12 @@ def mutate(data: bytes, edit: Edit) -> bytes:
 def check_loaded(file: GGUFFile, data: bytes) -> None:
     """A file that was accepted holds together: every tensor inside it, alone, and readable."""
     taken = np.zeros(len(data), np.uint8)
+    alignment: Any = file.metadata.get("general.alignment", 32)
     for name, info in file.tensors.items():
         raw = file.raw(name)
         assert raw.shape == (info.rows, info.format.row_bytes(info.cols))
         assert raw.tobytes() == data[info.offset : info.offset + info.n_bytes]
+        assert info.offset % alignment == 0
         taken[info.offset : info.offset + info.n_bytes] += 1
         if info.format.computed:
             assert dequantise(info.format, raw).shape == (info.rows, info.cols)

@@ -130,7 +130,7 @@ def test_hidden_states_of_another_shape_are_refused() -> None:
 
 
 def test_one_request_with_broken_logits_does_not_take_others_along() -> None:
-    (stage,) = load_stages(tiny(), 1)
+    (stage,) = load_stages(tiny(tied=False), 1)
     stage.forward(Batch(0, opened=[Opened(n, [n], 1, GREEDY) for n in (1, 2)]), None)
     embedding = stage._embedding
     assert isinstance(embedding, Float32Weight)
