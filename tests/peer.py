@@ -20,8 +20,8 @@ class Peer:
     def next_logprobs(self, tokens: list[int], most: int) -> dict[int, float]:
         """Log-probabilities of the likeliest tokens to follow, likeliest first.
 
-        They are the model's own, from before any sampler; `ignore_eos` only makes llama.cpp answer where
-        the likeliest token would end the text.
+        They are the model's own, from before any sampler; `ignore_eos` only makes llama.cpp answer
+        where the likeliest token would end the text.
         """
         request = {
             "prompt": tokens,
