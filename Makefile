@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # Every install names the constraints again: a later one must not replace what an earlier one pinned.
-PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --quiet -c constraints.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint setup clean

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from sharding.model.kv_cache import LayerPages
 
 
-ROW_TILE = 8
-QUERY_TILE = 16
+ROW_TILE = 4
+QUERY_TILE = 8
 KV_BLOCK = 256
 
 
