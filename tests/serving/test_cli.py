@@ -1,0 +1,147 @@
+"""The commands as a user runs them: output, exit status, messages."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_gguf import tiny_llama
+
+PLAN_KEYS = {
+    "device", "layers", "weights_bytes", "kv_bytes", "activation_bytes", "buffer_bytes",
+    "total_bytes", "headroom_bytes",
+}  # fmt: skip
+BENCH_KEYS = {
+    "test", "depth", "stages", "threads", "tok_s", "tok_s_sd", "model", "commit", "machine",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model on disk."""
+    path = tmp_path_factory.mktemp("models") / "tiny.gguf"
+    path.write_bytes(tiny_llama(context=512))
+    return path
+
+
+def longspan(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run the command in a process of its own."""
+    command = [sys.executable, "-m", "serving.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_a_plan_lists_what_each_device_would_hold(model: Path) -> None:
+    done = longspan(
+        "plan", model, "--context", 512, "--device", "1GiB", "--device", "512MiB", "--json"
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    plan = json.loads(done.stdout)
+    assert plan["fits"] is True
+    assert plan["max_context"] >= 512
+    assert [set(stage) for stage in plan["stages"]] == [PLAN_KEYS, PLAN_KEYS]
+    assert plan["stages"][0]["layers"][0] == 0
+    assert plan["stages"][0]["layers"][1] == plan["stages"][1]["layers"][0]
+    for stage in plan["stages"]:
+        parts = ("weights_bytes", "kv_bytes", "activation_bytes", "buffer_bytes")
+        assert sum(stage[part] for part in parts) == stage["total_bytes"]
+
+
+def test_a_plan_that_does_not_fit_says_what_would(model: Path) -> None:
+    done = longspan("plan", model, "--context", 10**9, "--device", "1GiB", "--json")
+    assert done.returncode == 1
+    plan = json.loads(done.stdout)
+    assert plan["fits"] is False
+    assert f"the largest that fits is {plan['max_context']}" in done.stderr
+    again = longspan("plan", model, "--context", plan["max_context"], "--device", "1GiB")
+    assert again.returncode == 0
+
+
+def test_planning_loads_neither_torch_nor_ray(model: Path) -> None:
+    """`longspan plan` must answer at once."""
+    code = (
+        "import sys; from serving.cli import app\n"
+        f"app(['plan', {str(model)!r}, '--context', '64', '--device', '1GiB'],"
+        " standalone_mode=False)\n"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'ray', 'fastapi')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_generate_gives_the_same_tokens_over_any_number_of_stages(model: Path) -> None:
+    records = []
+    for stages in (1, 3):
+        done = longspan(
+            "generate", model, "--prompt", "the the", "--max-tokens", 8, "--stages", stages,
+            "--threads", 1, "--json",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        records.append(json.loads(done.stdout))
+    assert records[0]["token_ids"] == records[1]["token_ids"]
+    assert set(records[0]) >= {"text", "token_ids", "prompt_tokens", "ttft_s", "tok_s"}
+
+
+def test_generate_reads_its_prompt_from_a_file(model: Path, tmp_path: Path) -> None:
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("the the")
+    by_file = longspan("generate", model, "--prompt-file", prompt, "--max-tokens", 4, "--json")
+    by_text = longspan("generate", model, "--prompt", "the the", "--max-tokens", 4, "--json")
+    assert json.loads(by_file.stdout)["token_ids"] == json.loads(by_text.stdout)["token_ids"]
+
+
+def test_bench_prints_a_row_for_each_length_and_depth(model: Path) -> None:
+    done = longspan(
+        "bench", model, "-p", "16", "-n", "4", "-d", "0,32", "-r", 1, "--threads", 1, "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["test"] for row in rows] == ["pp16", "tg4", "pp16 @ d32", "tg4 @ d32"]
+    assert all(set(row) >= BENCH_KEYS and row["tok_s"] > 0 for row in rows)
+
+
+WRONG = {
+    "no such model": (["generate", "smolm2", "--prompt", "x"], 2, "smollm2"),
+    "no such file": (["plan", "none.gguf", "--context", "1", "--device", "1GiB"], 2, "none.gguf"),
+    "a size without a unit": (["plan", "MODEL", "--context", "1", "--device", "10XB"], 2, "10XB"),
+    "two prompts": (["generate", "MODEL", "--prompt", "x", "--prompt-file", "y"], 2, "either"),
+    "an empty prompt": (["generate", "MODEL", "--prompt", ""], 1, "empty"),
+    "no number": (["bench", "MODEL", "-p", "many"], 2, "many"),
+    "a context of nothing": (["serve", "MODEL", "--context", "0"], 2, "context"),
+    "too many stages": (["generate", "MODEL", "--prompt", "x", "--stages", "9"], 2, "9"),
+    "a KV type of the future": (
+        ["plan", "MODEL", "--context", "1", "--device", "1GiB", "--kv-dtype", "int8"], 2, "fp16",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "status", "named"), WRONG.values(), ids=WRONG.keys())
+def test_a_mistake_is_named_in_one_line(
+    model: Path, arguments: list[str], status: int, named: str
+) -> None:
+    done = longspan(*[str(model) if word == "MODEL" else word for word in arguments])
+    assert done.returncode == status, done.stderr
+    assert named in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_damaged_model_is_refused(model: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(model.read_bytes()[:-1000])
+    done = longspan("generate", broken, "--prompt", "x")
+    assert done.returncode == 1
+    assert "broken.gguf" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_port_in_use_is_refused_before_ray_starts(model: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = longspan("serve", model, "--port", port)
+    assert done.returncode == 2
+    assert str(port) in done.stderr
+    assert "choose another --port" in done.stderr
