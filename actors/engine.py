@@ -14,6 +14,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from itertools import count
 from typing import Protocol
 
 from actors.pipeline import Pipeline
@@ -25,6 +26,8 @@ from sharding.batch import Batch, Result
 from sharding.errors import LongspanError, PipelineError, UnavailableError
 
 log = logging.getLogger("longspan.engine")
+
+_CLOSE_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class Engine:
         self._pipeline: Pipeline | None = None
         self._epoch = 0
         self._in_flight: deque[Batch] = deque()
+        self._ending = "the engine stopped unexpectedly; its log has the traceback"
         self._stopping = threading.Event()
         self._settled = threading.Event()
         self._thread = threading.Thread(target=self._run, name="longspan-engine", daemon=True)
@@ -140,8 +144,9 @@ class Engine:
         self._stopping.set()
         with self._lock:
             self._wake()
+        # A step ends soon, loading may not: then it ends because its stages do.
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(_CLOSE_TIMEOUT_S)
         self._source.close()
 
     def _wake(self) -> None:
@@ -150,44 +155,36 @@ class Engine:
 
     def _run(self) -> None:
         opening = self._source.open
-        while not self._stopping.is_set():
-            opened = self._open_with_patience(opening)
-            if opened is None:
-                break
-            try:
-                self._serve(opened.pipeline)
-            except PipelineError as error:
-                log.warning("the pipeline broke, repairing: %s", error)
-                self._lose(f"the engine lost its pipeline and is repairing: {error}")
-            finally:
-                self._detach(opened.pipeline)
-            opening = self._source.repair
-        self._lose("the engine is shutting down")
+        try:
+            while (opened := self._open_with_patience(opening)) is not None:
+                self._attach(opened)
+                self._serve_until_broken(opened.pipeline)
+                opening = self._source.repair
+        finally:
+            # Whatever ended this thread, a bug of ours included: nobody may wait for it in vain.
+            self._lose("failed", self._ending)
 
     def _open_with_patience(
         self, opening: Callable[[Callable[[float, str], None]], Opened]
     ) -> Opened | None:
-        """A working pipeline, or None after the last try; the reason is then in the status."""
-        tries = 0
-        while (wait_s := wait_before(tries)) is not None and not self._stopping.wait(wait_s):
+        """A working pipeline, or None when it is time to end; the reason is then in `_ending`."""
+        for tries in count():
+            wait_s = wait_before(tries)
+            if wait_s is None:
+                return None
+            if self._stopping.wait(wait_s):
+                self._ending = "the engine is shutting down"
+                return None
             try:
-                opened = opening(self._report)
+                return opening(self._report)
             except PipelineError as error:
                 log.warning("try %d to open the pipeline failed: %s", tries + 1, error)
-                reason, tries = str(error), tries + 1
+                self._ending = str(error)
             except LongspanError as error:
-                reason = str(error)
-                break
-            else:
-                self._attach(opened)
-                return opened
-        else:
-            reason = "shutting down" if self._stopping.is_set() else reason
-        log.error("the engine gave up: %s", reason)
-        with self._lock:
-            self._status = EngineStatus("failed", detail=reason)
-        self._settled.set()
-        return None
+                # A wrong file or too little memory does not mend itself.
+                self._ending = str(error)
+                return None
+        raise AssertionError("unreachable: patience ends")
 
     def _report(self, share: float, detail: str) -> None:
         with self._lock:
@@ -201,19 +198,25 @@ class Engine:
             self._status = EngineStatus("ready", 1.0, context=opened.limits.most_tokens)
         self._settled.set()
 
-    def _detach(self, pipeline: Pipeline) -> None:
-        with self._lock:
-            self._pipeline = None
-        pipeline.close()
+    def _serve_until_broken(self, pipeline: Pipeline) -> None:
+        try:
+            self._serve(pipeline)
+        except PipelineError as error:
+            log.warning("the pipeline broke, repairing: %s", error)
+            self._lose("repairing", f"the engine lost its pipeline and is repairing: {error}")
+        finally:
+            with self._lock:
+                self._pipeline = None
+            pipeline.close()
 
-    def _lose(self, message: str) -> None:
-        """Every request ends with an error event."""
+    def _lose(self, state: str, reason: str) -> None:
+        """Leave the state "ready"; every request ends with an error event."""
         with self._lock:
-            if self._status.state == "ready":
-                self._status = EngineStatus("repairing", detail=message)
+            self._status = EngineStatus(state, detail=reason)
             self._in_flight.clear()
             if self._scheduler is not None:
-                self._scheduler.fail_all(message)
+                self._scheduler.fail_all(reason)
+        self._settled.set()
 
     def _serve(self, pipeline: Pipeline) -> None:
         while not self._stopping.is_set():

@@ -66,15 +66,15 @@ class RayStages:
         self._facts: list[NodeFacts] = []
         self._specs: list[StageSpec] = []
         self._plan: ModelPlan | None = None
-        self._threads = 1
+        self._cpus: float = 1
 
     def open(self, report: Callable[[float, str], None]) -> Opened:
         """Place, plan by what is free where the actors landed, load, join."""
         self.close()
         config = self._config
         report(0.0, f"placing {config.stages} stages")
-        self._threads = config.threads or threads_per_stage(_cpus_per_node(), config.stages)
-        self._group = _place(config.stages, self._threads)
+        self._cpus = config.threads or cpus_per_stage(_cpus_per_node(), config.stages)
+        self._group = _place(config.stages, self._cpus)
         self._actors = [self._start(stage) for stage in range(config.stages)]
         self._facts = _get([actor.facts.remote() for actor in self._actors], "asking the nodes")
         with GGUFFile.open(config.model) as file:
@@ -97,12 +97,12 @@ class RayStages:
 
     def _start(self, stage: int) -> ActorHandle:
         options = RemoteStage.options(
-            num_cpus=self._threads,
+            num_cpus=self._cpus,
             scheduling_strategy=PlacementGroupSchedulingStrategy(
                 self._group, placement_group_bundle_index=stage
             ),
         )
-        return options.remote(stage, self._threads)
+        return options.remote(stage, max(1, int(self._cpus)))
 
     def _load(self, stages: Sequence[int], report: Callable[[float, str], None]) -> None:
         pending = [self._actors[stage].load.remote(self._specs[stage]) for stage in stages]
@@ -161,12 +161,17 @@ class RayStages:
             self._group = None
 
 
-def threads_per_stage(cpus_per_node: Sequence[int], stages: int) -> int:
-    """The most threads so that all stages find room, each on one node; 1 if cores are fewer."""
-    for threads in range(max(cpus_per_node, default=1), 1, -1):
-        if sum(cpus // threads for cpus in cpus_per_node) >= stages:
-            return threads
-    return 1
+def cpus_per_stage(cpus_per_node: Sequence[int], stages: int) -> float:
+    """The most cores for each stage so that all find room, none across nodes.
+
+    A fraction such as 1/2 where cores are fewer than stages: they then share them.
+    """
+    whole = range(max(cpus_per_node, default=1), 0, -1)
+    shares = (1 / sharing for sharing in range(2, stages + 1))
+    for cpus in (*whole, *shares):
+        if sum(int(node / cpus) for node in cpus_per_node) >= stages:
+            return cpus
+    return 1 / stages
 
 
 def devices_of(facts: Sequence[NodeFacts]) -> list[Device]:
@@ -182,13 +187,13 @@ def _cpus_per_node() -> list[int]:
     return [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
 
 
-def _place(stages: int, threads: int) -> PlacementGroup:
-    group = placement_group([{"CPU": threads}] * stages, strategy="PACK")
+def _place(stages: int, cpus: float) -> PlacementGroup:
+    group = placement_group([{"CPU": cpus}] * stages, strategy="PACK")
     if not group.wait(_PLACE_TIMEOUT_S):
         remove_placement_group(group)
         free = ray.available_resources().get("CPU", 0)
         raise DoesNotFitError(
-            f"{stages} stages of {threads} CPUs each found no place in {_PLACE_TIMEOUT_S:.0f} s: "
+            f"{stages} stages of {cpus:g} CPUs each found no place in {_PLACE_TIMEOUT_S:.0f} s: "
             f"{free:.0f} CPUs are free; use fewer --stages or --threads, or add nodes",
             max_context=0,
         )
