@@ -167,8 +167,8 @@ def cpus_per_stage(cpus_per_node: Sequence[int], stages: int) -> float:
     A fraction such as 1/2 where cores are fewer than stages: they then share them.
     """
     whole = range(max(cpus_per_node, default=1), 0, -1)
-    shares = (1 / sharing for sharing in range(2, stages + 1))
-    for cpus in (*whole, *shares):
+    candidates: list[float] = [*whole, *(1 / sharing for sharing in range(2, stages + 1))]
+    for cpus in candidates:
         if sum(int(node / cpus) for node in cpus_per_node) >= stages:
             return cpus
     return 1 / stages
