@@ -4,6 +4,7 @@ beside."""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from serving.generate import LocalModel
 
 _PLAN_SIZES = ("weights", "KV", "work", "total", "headroom")
-_BENCH = "{:<28} {:>6} {:>7} {:>22} {:>20}"
+_BENCH = "| {:<28} | {:>6} | {:>7} | {:>16} | {:>18} |"
 
 
 def plan_record(planned: ModelPlan) -> dict[str, Any]:
@@ -62,7 +63,7 @@ def plan_table(planned: ModelPlan) -> Table:
 def stage_table(stats: EngineStats) -> Table:
     """Where the stages run and what they hold."""
     sizes = ("weights", "KV tokens", "KV")
-    table = _table("stages", ("#", "node", "device", "layers"), sizes)
+    table = _table("stages", ("stage", "node", "device", "layers"), sizes)
     for stage in stats.stages:
         table.add_row(
             str(stage.stage),
@@ -87,8 +88,10 @@ def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
 
 
 def bench_heading() -> str:
-    """The line above the bench rows."""
-    return _BENCH.format("model", "stages", "threads", "test", "tok/s")
+    """The lines above the bench rows, a Markdown table as llama-bench prints it."""
+    names = _BENCH.format("model", "stages", "threads", "test", "tok/s")
+    rule = re.sub(r"[^|]", "-", names).replace("-|", ":|")
+    return f"{names}\n{rule.replace(':|', '-|', 1)}"
 
 
 def bench_line(row: BenchRow, local: LocalModel, as_json: bool) -> str:
