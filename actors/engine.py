@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
@@ -23,11 +24,13 @@ from actors.request import Event, GenerateRequest, Sink
 from actors.scheduler import Limits, Scheduler
 from actors.stats import EngineStats, EngineStatus, StageStats
 from sharding.batch import Batch, Result
-from sharding.errors import LongspanError, PipelineError, UnavailableError
+from sharding.errors import LongspanError, PipelineError, ProtocolError, UnavailableError
 
 log = logging.getLogger("longspan.engine")
 
 _CLOSE_TIMEOUT_S = 10.0
+_SILENT_S = 5.0
+_UNEXPECTED = "the engine stopped unexpectedly; its log has the traceback"
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,9 @@ class StageSource(Protocol):
     def repair(self, report: Callable[[float, str], None]) -> Opened:
         """Replace what died and join the stages anew. Raises `LongspanError` when that fails."""
 
+    def check(self) -> None:
+        """Prove that every stage answers, busy or not. Raises `PipelineError`."""
+
     def stats(self) -> list[StageStats]:
         """What each stage holds now."""
 
@@ -66,7 +72,7 @@ class Engine:
         self._pipeline: Pipeline | None = None
         self._epoch = 0
         self._in_flight: deque[Batch] = deque()
-        self._ending = "the engine stopped unexpectedly; its log has the traceback"
+        self._ending = _UNEXPECTED
         self._stopping = threading.Event()
         self._settled = threading.Event()
         self._thread = threading.Thread(target=self._run, name="longspan-engine", daemon=True)
@@ -89,7 +95,8 @@ class Engine:
         """
         with self._lock:
             if self._status.state != "ready" or self._scheduler is None:
-                raise UnavailableError(f"the engine is {self._status.state}; try again later")
+                reason = f": {self._status.detail}" if self._status.detail else ""
+                raise UnavailableError(f"the engine is {self._status.state}{reason}")
             self._scheduler.submit(request, sink)
             self._wake()
 
@@ -182,6 +189,7 @@ class Engine:
                 self._ending = str(error)
             except LongspanError as error:
                 # A wrong file or too little memory does not mend itself.
+                log.error("the pipeline cannot be opened: %s", error)
                 self._ending = str(error)
                 return None
         raise AssertionError("unreachable: patience ends")
@@ -196,6 +204,7 @@ class Engine:
             self._pipeline, self._epoch = opened.pipeline, opened.epoch
             self._scheduler = self._scheduler or Scheduler(opened.limits)
             self._status = EngineStatus("ready", 1.0, context=opened.limits.most_tokens)
+            self._ending = _UNEXPECTED
         self._settled.set()
 
     def _serve_until_broken(self, pipeline: Pipeline) -> None:
@@ -219,12 +228,18 @@ class Engine:
         self._settled.set()
 
     def _serve(self, pipeline: Pipeline) -> None:
+        heard = time.monotonic()
         while not self._stopping.is_set():
             while len(self._in_flight) < pipeline.depth and (batch := self._schedule()):
                 pipeline.send(batch)
-            result = pipeline.receive(timeout_s=None)
+            result = pipeline.receive(timeout_s=_SILENT_S)
             if result is not None:
+                heard = time.monotonic()
                 self._apply(result)
+            elif time.monotonic() - heard > _SILENT_S:
+                # A long step, or a stage that stopped without closing its sockets: ask.
+                self._source.check()
+                heard = time.monotonic()
 
     def _schedule(self) -> Batch | None:
         with self._lock:
@@ -237,7 +252,8 @@ class Engine:
     def _apply(self, result: Result) -> None:
         with self._lock:
             assert self._scheduler is not None, "attached without a scheduler"
+            awaited = self._in_flight[0].step if self._in_flight else None
+            if result.step != awaited:
+                raise ProtocolError(f"the result of step {result.step} came for step {awaited}")
             batch = self._in_flight.popleft()
-            if result.step != batch.step:
-                raise PipelineError(f"the result of step {result.step} came for step {batch.step}")
             self._scheduler.apply(batch, result)

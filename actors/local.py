@@ -31,16 +31,22 @@ class LocalStages:
         self._plan = plan
         self._kernels = kernels
         self._max_waiting = max_waiting
+        self._epoch = 0
         self.stages: list[Stage] = []
 
     def open(self, report: Callable[[float, str], None]) -> Opened:
         """Load stage after stage."""
+        self.stages.clear()
         if isinstance(self._model, GGUFFile):
             self._load(self._model, report)
         else:
             with GGUFFile.open(self._model) as file:
                 self._load(file, report)
-        return Opened(LocalPipeline(self.stages), plan_limits(self._plan, self._max_waiting), 0)
+        return self._opened()
+
+    def _opened(self) -> Opened:
+        limits = plan_limits(self._plan, self._max_waiting)
+        return Opened(LocalPipeline(self.stages), limits, self._epoch)
 
     def _load(self, file: GGUFFile, report: Callable[[float, str], None]) -> None:
         # Here, so that whoever only needs a plan does not wait for torch.
@@ -58,7 +64,11 @@ class LocalStages:
         """Start afresh: nothing here dies alone, but a step may have failed half-way."""
         for stage in self.stages:
             stage.reset()
-        return Opened(LocalPipeline(self.stages), plan_limits(self._plan, self._max_waiting), 0)
+        self._epoch += 1
+        return self._opened()
+
+    def check(self) -> None:
+        """Nothing to ask: these stages run on the thread that would ask."""
 
     def stats(self) -> list[StageStats]:
         """What each stage holds."""

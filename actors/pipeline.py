@@ -92,7 +92,7 @@ class LocalPipeline:
 
     def __init__(self, stages: Sequence[Stage]) -> None:
         self.depth = len(stages)
-        self._stages = stages
+        self._stages = tuple(stages)
         self._sent: deque[Batch] = deque()
         self._woken = threading.Event()
 

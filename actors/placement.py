@@ -17,7 +17,7 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -28,7 +28,14 @@ from actors.recovery import plan_repair
 from actors.stage_actor import JOIN_TIMEOUT_S, Joint, NodeFacts, RemoteStage
 from actors.stats import StageStats
 from actors.transport import Listener, connect
-from sharding.errors import DoesNotFitError, LongspanError, PeerLostError, PipelineError, StageError
+from sharding.errors import (
+    DoesNotFitError,
+    LongspanError,
+    PeerLostError,
+    PipelineError,
+    StageError,
+    UnavailableError,
+)
 from sharding.gguf.reader import GGUFFile
 from sharding.model_plan import ModelPlan, Wanted, plan_model
 from sharding.planner import Device
@@ -67,14 +74,16 @@ class RayStages:
         self._specs: list[StageSpec] = []
         self._plan: ModelPlan | None = None
         self._cpus: float = 1
+        self._closed = False
 
     def open(self, report: Callable[[float, str], None]) -> Opened:
         """Place, plan by what is free where the actors landed, load, join."""
-        self.close()
+        self._release()
         config = self._config
         report(0.0, f"placing {config.stages} stages")
         self._cpus = config.threads or cpus_per_stage(_cpus_per_node(), config.stages)
         self._group = _place(config.stages, self._cpus)
+        self._check_open()
         self._actors = [self._start(stage) for stage in range(config.stages)]
         self._facts = _get([actor.facts.remote() for actor in self._actors], "asking the nodes")
         with GGUFFile.open(config.model) as file:
@@ -104,10 +113,16 @@ class RayStages:
         )
         return options.remote(stage, max(1, int(self._cpus)))
 
+    def _check_open(self) -> None:
+        if self._closed:
+            self._release()
+            raise UnavailableError("the engine is shutting down")
+
     def _load(self, stages: Sequence[int], report: Callable[[float, str], None]) -> None:
         pending = [self._actors[stage].load.remote(self._specs[stage]) for stage in stages]
         loads = list(pending)
         while pending:
+            self._check_open()
             _, pending = ray.wait(pending, num_returns=len(pending), timeout=_POLL_S)
             asked = [self._actors[stage].progress.remote() for stage in stages]
             shares = _get(asked, "watching the stages load")
@@ -151,8 +166,16 @@ class RayStages:
         """The stages' processes, each a number on its own node."""
         return _get([actor.pid.remote() for actor in self._actors], "asking for processes")
 
+    def check(self) -> None:
+        """Prove that every stage answers. Raises `PeerLostError`: stopped, or cut off."""
+        _get([actor.progress.remote() for actor in self._actors], "asking", _PING_TIMEOUT_S)
+
     def close(self) -> None:
-        """End the actors and give their resources back."""
+        """End the actors and give their resources back; an `open` under way gives up."""
+        self._closed = True
+        self._release()
+
+    def _release(self) -> None:
         for actor in self._actors:
             ray.kill(actor)
         self._actors = []
@@ -202,7 +225,8 @@ def _place(stages: int, cpus: float) -> PlacementGroup:
 
 def _alive(actor: ActorHandle) -> bool:
     try:
-        _get([actor.progress.remote()], "looking for survivors", _PING_TIMEOUT_S)
+        # Not just any call: one that died while it loaded is no use either, and refuses this.
+        _get([actor.stats.remote()], "looking for survivors", _PING_TIMEOUT_S)
     except PipelineError:
         ray.kill(actor)
         return False
@@ -226,3 +250,5 @@ def _ray_errors(doing: str) -> Iterator[None]:
         if isinstance(error.cause, LongspanError):
             raise error.cause from None
         raise StageError(f"{doing}: {error.cause!r}") from error
+    except RayError as error:
+        raise PeerLostError(f"{doing}: {error}") from error

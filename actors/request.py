@@ -14,7 +14,6 @@ from sharding.batch import Choice, SamplingParams
 
 STOP = "stop"
 LENGTH = "length"
-CANCELLED = "cancelled"
 
 
 class GenerateRequest(msgspec.Struct, frozen=True):

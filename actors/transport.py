@@ -5,8 +5,8 @@ then the raw bytes of the hidden states, received into a buffer that is reused. 
 stages on one host, TCP without Nagle's delay joins hosts. End of file is the fastest sign that a
 peer died. Not here: what the meta part means (`pipeline.py`).
 
-    0      4     5     6      7    8      12    16     24    28    32     36      40         48
-    magic  vers  kind  dtype  0    epoch  0     step   rows  cols  meta bytes  0  payload bytes
+    0      4     5     6      7    8      12    16    20          24    32             40
+    magic  vers  kind  dtype  0    epoch  rows  cols  meta bytes  step  payload bytes
 
 An edge belongs to one sender thread and one receiver thread; whoever opened it closes it.
 """
@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import hmac
 import os
-import select
 import shutil
 import socket
 import struct
@@ -30,7 +29,7 @@ import torch
 
 from sharding.errors import PeerLostError, ProtocolError
 
-HEADER = struct.Struct("<4sBBBxI4xQIII4xQ")
+HEADER = struct.Struct("<4sBBBxIIIIQQ")
 MAGIC = b"LSPN"
 VERSION = 1
 
@@ -45,7 +44,8 @@ _MOST_META_BYTES = 64 << 20
 _MOST_PAYLOAD_BYTES = 1 << 30
 
 _SOCKET_BUFFER_BYTES = 4 << 20
-_HELLO_TIMEOUT_S = 5.0
+_HELLO_BYTES = 64
+_HELLO_TIMEOUT_S = 1.0
 # A peer that acknowledges nothing for so long is gone (a pulled cable sends no end of file).
 _UNACKNOWLEDGED_MS = 10_000
 
@@ -91,15 +91,15 @@ class Edge:
             payload = hidden.contiguous().view(torch.uint8).numpy().data.cast("B")
         code = _CODES[None if hidden is None else hidden.dtype]
         header = HEADER.pack(
-            MAGIC, VERSION, kind, code, self.epoch, step, rows, cols, len(meta), payload.nbytes
+            MAGIC, VERSION, kind, code, self.epoch, rows, cols, len(meta), step, payload.nbytes
         )
         with _lost_peer("sending"):
             _send_all(self._sock, [memoryview(header), memoryview(meta), payload])
 
-    def receive(self) -> Frame:
+    def receive(self, most_bytes: int = _MOST_PAYLOAD_BYTES) -> Frame:
         """Wait for a frame. Raises `PeerLostError` at the end, `ProtocolError` if it is none."""
         self._fill(memoryview(self._header))
-        magic, version, kind, code, epoch, step, rows, cols, meta_bytes, payload_bytes = (
+        magic, version, kind, code, epoch, rows, cols, meta_bytes, step, payload_bytes = (
             HEADER.unpack(self._header)
         )
         if magic != MAGIC or version != VERSION or code not in _DTYPES:
@@ -108,9 +108,9 @@ class Edge:
             raise ProtocolError(f"a frame of epoch {epoch} on an edge of epoch {self.epoch}")
         dtype = _DTYPES[code]
         expected = rows * cols * (dtype.itemsize if dtype else 0)
-        if payload_bytes != expected or payload_bytes > _MOST_PAYLOAD_BYTES:
+        if payload_bytes != expected or payload_bytes > most_bytes:
             raise ProtocolError(f"{payload_bytes} bytes announced for [{rows}, {cols}] {dtype}")
-        if meta_bytes > _MOST_META_BYTES:
+        if meta_bytes > min(most_bytes, _MOST_META_BYTES):
             raise ProtocolError(f"a meta part of {meta_bytes} bytes")
         meta = bytearray(meta_bytes)
         self._fill(memoryview(meta))
@@ -149,10 +149,17 @@ class Listener:
             self._folder = tempfile.mkdtemp(prefix="longspan-")
             path = os.path.join(self._folder, "edge")
             self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            self._sock.bind(path)
+            try:
+                self._sock.bind(path)
+            except OSError as error:
+                self.close()
+                raise PeerLostError(
+                    f"listening at {path}: {error}; set a shorter TMPDIR"
+                ) from error
             self.address = Address(path=path)
         else:
-            self._sock = socket.create_server((host, 0))
+            with _lost_peer(f"listening at {host}"):
+                self._sock = socket.create_server((host, 0))
             self.address = Address(host=host, port=self._sock.getsockname()[1])
         self._sock.listen(8)
 
@@ -160,17 +167,19 @@ class Listener:
         """The neighbour's edge; strangers are turned away. `PeerLostError` after the timeout."""
         deadline = time.monotonic() + timeout_s
         while (left_s := deadline - time.monotonic()) > 0:
-            if not select.select([self._sock], [], [], left_s)[0]:
-                break
-            sock, _ = self._sock.accept()
+            self._sock.settimeout(left_s)
+            with _lost_peer("waiting for a neighbour"):
+                sock, _ = self._sock.accept()
             edge = Edge(sock, epoch)
             if _knows(edge, sock, secret):
                 return edge
             edge.close()
-        raise PeerLostError(f"no neighbour connected within {timeout_s:.0f} s")
+        raise PeerLostError("waiting for a neighbour: only strangers came")
 
     def close(self) -> None:
-        """Stop listening and remove the socket's file; edges live on."""
+        """Stop listening, also in the midst of `accept`; remove the file; edges live on."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
         self._sock.close()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -189,7 +198,11 @@ def connect(address: Address, secret: bytes, epoch: int, timeout_s: float = 10.0
         raise PeerLostError(f"connecting to {where}: {error}") from error
     sock.settimeout(None)
     edge = Edge(sock, epoch)
-    edge.send(HELLO, 0, secret)
+    try:
+        edge.send(HELLO, 0, secret)
+    except PeerLostError:
+        edge.close()
+        raise
     return edge
 
 
@@ -202,7 +215,7 @@ def edge_pair(epoch: int = 0) -> tuple[Edge, Edge]:
 def _knows(edge: Edge, sock: socket.socket, secret: bytes) -> bool:
     sock.settimeout(_HELLO_TIMEOUT_S)
     try:
-        hello = edge.receive()
+        hello = edge.receive(_HELLO_BYTES)
     except (PeerLostError, ProtocolError):
         return False
     sock.settimeout(None)

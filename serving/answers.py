@@ -17,7 +17,7 @@ from typing import Protocol, Self, runtime_checkable
 
 from pydantic import BaseModel
 
-from actors.request import CANCELLED, Event, GenerateRequest
+from actors.request import Event, GenerateRequest
 from serving.errors import error_body
 from serving.openai import PromptDetails, Usage
 from serving.prepare import Job
@@ -138,8 +138,6 @@ def _check(event: Event) -> None:
     """Raises `PipelineError` for an event that says that the answer will stay incomplete."""
     if event.error is not None:
         raise PipelineError(event.error)
-    if event.finish_reason == CANCELLED:
-        raise PipelineError(_CANCELLED)
 
 
 def _ours(error: BaseException) -> LongspanError:

@@ -20,6 +20,7 @@ from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayError, RayTaskError
 from ray.serve import Application
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from actors.engine import Engine
@@ -43,6 +44,7 @@ _REPLICA: dict[str, Any] = {
     "ray_actor_options": {"num_cpus": 0},
 }
 _WATCH_PERIOD_S = 0.5
+_STATUS_TIMEOUT_S = 2.0
 
 
 class EngineReplica:
@@ -120,17 +122,19 @@ class RemoteEngine:
                     yield event
         except RayTaskError as error:
             raise _cause(error) from error
-        except RayError as error:
+        except (RayError, RayServeException) as error:
             raise UnavailableError(f"the engine replica is gone: {error}") from error
         finally:
             if not ended:
                 response.cancel()
 
     async def status(self) -> EngineStatus:
-        """The engine's word, or that it has none."""
+        """The engine's word, or that it has none: a handle would wait for a new replica for
+        ever."""
         try:
-            status: EngineStatus = await self._handle.status.remote()
-        except RayError as error:
+            asked = self._handle.status.remote()
+            status: EngineStatus = await asyncio.wait_for(asked, _STATUS_TIMEOUT_S)
+        except (RayError, RayServeException, TimeoutError) as error:
             return EngineStatus("failed", detail=f"the engine replica does not answer: {error}")
         return status
 
@@ -154,10 +158,12 @@ class Ingress:
         return create_app(self._service)
 
     async def _learn_context(self) -> None:
-        """How long a context fits is only known when the stages are placed."""
-        while (status := await self._service.engine.status()).context == 0:
+        """How long a context fits is known when stages are placed, and anew with every replica."""
+        while True:
+            status = await self._service.engine.status()
+            if status.context:
+                self._service.model = replace(self._service.model, context=status.context)
             await asyncio.sleep(_WATCH_PERIOD_S)
-        self._service.model = replace(self._service.model, context=status.context)
 
 
 def describe_model(config: ServeConfig) -> tuple[ServedModel, Tokenizer]:

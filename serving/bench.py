@@ -18,7 +18,7 @@ from itertools import count
 from actors.pages import pages_for
 from actors.pipeline import Pipeline
 from sharding.batch import MAX_CHUNK, Batch, Opened, SamplingParams, Segment
-from sharding.errors import StageError
+from sharding.errors import ConfigError, StageError
 
 _GREEDY = SamplingParams(temperature=0.0)
 
@@ -126,7 +126,7 @@ class Bencher:
 
 def bench_cases(prompts: list[int], tokens: list[int], depths: list[int]) -> list[BenchCase]:
     """Every prompt and decode length at every depth, in llama-bench's order; zeros are left out."""
-    return [
+    cases = [
         case
         for depth in depths
         for case in (
@@ -134,3 +134,6 @@ def bench_cases(prompts: list[int], tokens: list[int], depths: list[int]) -> lis
             *(BenchCase(depth, tokens=count) for count in tokens if count),
         )
     ]
+    if not cases:
+        raise ConfigError("nothing to measure: give -p or -n a number above 0, and -d a depth")
+    return cases

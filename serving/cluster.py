@@ -15,10 +15,11 @@ from collections.abc import Iterator
 import ray
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from actors.stats import EngineStats, EngineStatus
-from serving.app import build
+from serving.app import build, describe_model
 from serving.config import ServeConfig
 from sharding.errors import ConfigError, UnavailableError
 
@@ -59,19 +60,31 @@ def deployed(config: ServeConfig) -> Iterator[Deployment]:
 
     Raises `ConfigError` for a port in use or an address where no Ray answers.
     """
-    check_port(config.host, config.port)
+    if config.address is None:
+        check_port(config.host, config.port)
+    # A model that cannot be read is told in a second, not after Ray and Serve have started.
+    describe_model(config)
     # Its progress reports say nothing that ours do not.
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     start_ray(config.address)
     try:
         serve.start(http_options={"host": config.host, "port": config.port})
-        serve.run(build(config.model_dump()), name=APPLICATION, route_prefix="/")
+        _deploy(config)
         yield Deployment(serve.get_deployment_handle("engine", APPLICATION))
     finally:
         # A cluster of our own ends with all that runs on it.
-        if config.address is not None:
-            serve.delete(APPLICATION)
-        stop_ray()
+        try:
+            if config.address is not None:
+                serve.delete(APPLICATION)
+        finally:
+            stop_ray()
+
+
+def _deploy(config: ServeConfig) -> None:
+    try:
+        serve.run(build(config.model_dump()), name=APPLICATION, route_prefix="/")
+    except RuntimeError as error:
+        raise UnavailableError(f"Ray Serve could not deploy: {error}") from error
 
 
 def stop_ray() -> None:
@@ -116,5 +129,5 @@ def check_port(host: str, port: int) -> None:
 def _ray_errors() -> Iterator[None]:
     try:
         yield
-    except (RayError, TimeoutError) as error:
+    except (RayError, RayServeException, TimeoutError) as error:
         raise UnavailableError(f"the engine does not answer: {error}") from error

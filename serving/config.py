@@ -62,7 +62,7 @@ class ServeConfig(BaseModel):
         "its stages",
     )
     max_waiting: int = Field(
-        default=256, ge=0, description="Requests that may wait; one more is answered with 429"
+        default=256, ge=1, description="Requests that may wait; one more is answered with 429"
     )
     ingress_replicas: int = Field(
         default=1, ge=1, le=256, description="Processes that speak HTTP and tokenise"

@@ -9,6 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import msgspec
+
 from actors.engine import Engine
 from actors.local import LocalStages
 from actors.pipeline import LocalPipeline
@@ -123,12 +125,7 @@ class Generation:
 
 
 def _with_stops(sampling: SamplingParams, local: LocalModel) -> SamplingParams:
-    return SamplingParams(
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        seed=sampling.seed,
-        stop_ids=local.tokenizer.stop_ids,
-    )
+    return msgspec.structs.replace(sampling, stop_ids=local.tokenizer.stop_ids)
 
 
 def summary(generation: Generation) -> str:

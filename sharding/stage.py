@@ -109,7 +109,8 @@ class Stage:
     @property
     def pages_used(self) -> int:
         """Pages that open requests own."""
-        return sum(len(entry.opened.pages) for entry in self._open.values())
+        # A copy: whoever asks does so while the stage's own thread opens and closes.
+        return sum(len(entry.opened.pages) for entry in list(self._open.values()))
 
     def reset(self) -> None:
         """Forget every request: a new epoch of the pipeline begins."""
@@ -124,10 +125,14 @@ class Stage:
         self.apply_books(batch)
         if not batch.segments:
             return StageOutput()
-        hidden_TI = self.hidden(batch, hidden_TI)
-        if not self.is_last:
-            return StageOutput(hidden_TI=hidden_TI)
-        return StageOutput(segments=list(self._results(batch, hidden_TI)))
+        try:
+            hidden_TI = self.hidden(batch, hidden_TI)
+            if not self.is_last:
+                return StageOutput(hidden_TI=hidden_TI)
+            return StageOutput(segments=list(self._results(batch, hidden_TI)))
+        except (RuntimeError, IndexError, MemoryError) as error:
+            # What torch raises, above all when memory is short: this batch is lost, the stage not.
+            raise StageError(f"{type(error).__name__}: {error}") from error
 
     def apply_books(self, batch: Batch) -> None:
         """Close and open the requests that the batch names."""
@@ -172,8 +177,11 @@ class Stage:
             room, stop = len(entry.opened.pages) * PAGE_SLOTS, segment.start + len(segment.tokens)
             if stop > room:
                 raise StageError(f"request {segment.request}: position {stop} of {room} reserved")
-            if max(segment.tokens, default=0) >= self.shape.vocab:
-                raise StageError(f"request {segment.request}: token id beyond {self.shape.vocab}")
+            named = (*segment.tokens, *segment.targets)
+            if not 0 <= min(named) <= max(named) < self.shape.vocab:
+                raise StageError(
+                    f"request {segment.request}: a token id outside [0, {self.shape.vocab})"
+                )
 
     def _results(self, batch: Batch, hidden_TI: torch.Tensor) -> Iterator[SegmentResult]:
         stops = list(accumulate(len(segment.tokens) for segment in batch.segments))

@@ -20,7 +20,7 @@ from sharding.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
-    from sharding.gguf.reader import GGUFFile, TensorInfo
+    from sharding.gguf.reader import GGUFFile
     from sharding.model.attention import BatchIndex
     from sharding.model.kv_cache import LayerPages
 
@@ -45,9 +45,6 @@ class Kernels(Protocol):
     """One kernel set. Every method is a pure function but `write_kv`."""
 
     name: str
-
-    def resident_bytes(self, info: TensorInfo) -> int:
-        """Bytes that `pack` keeps in memory for this tensor."""
 
     def pack(self, file: GGUFFile, names: Sequence[str]) -> Weight:
         """Load tensors of equal `cols`, stacked by rows, in the order of `names`.

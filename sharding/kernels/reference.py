@@ -20,11 +20,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import silu
 
-from sharding.cost import fp32_resident
 from sharding.gguf.quants import dequantise
 
 if TYPE_CHECKING:
-    from sharding.gguf.reader import GGUFFile, TensorInfo
+    from sharding.gguf.reader import GGUFFile
     from sharding.kernels import Weight
     from sharding.model.attention import BatchIndex, Rows
     from sharding.model.kv_cache import LayerPages
@@ -66,10 +65,6 @@ class ReferenceKernels:
     """See the contract in `sharding/kernels/__init__.py`."""
 
     name = "reference"
-
-    def resident_bytes(self, info: TensorInfo) -> int:
-        """Four bytes a weight."""
-        return fp32_resident(info)
 
     def pack(self, file: GGUFFile, names: Sequence[str]) -> Weight:
         """Dequantise and stack."""

@@ -150,18 +150,22 @@ def _family(metadata: Metadata) -> Family:
 
 
 def _vocab(metadata: Metadata, read: _Reader) -> int:
+    """As many as the tokenizer has: ids beyond that cannot be turned into text, so none may
+    exist."""
     tokens = metadata.get("tokenizer.ggml.tokens")
-    count = len(tokens) if isinstance(tokens, list) and tokens else None
-    return read.whole("vocab_size", count)
+    return len(tokens) if isinstance(tokens, list) and tokens else read.whole("vocab_size")
 
 
 def _rope_scale(metadata: Metadata, read: _Reader) -> float:
-    """Positions are divided by this; 1 where the file asks for no scaling."""
-    kind = metadata.get(f"{read.prefix}.rope.scaling.type", "none")
+    """Positions are divided by this; 1 where the file asks for no scaling.
+
+    A factor without a type is a linear one, and older files call it `rope.scale_linear`.
+    """
+    kind = metadata.get(f"{read.prefix}.rope.scaling.type", "linear")
     if kind == "none":
         return 1.0
     if kind == "linear":
-        return read.real("rope.scaling.factor", 1.0)
+        return read.real("rope.scaling.factor", read.real("rope.scale_linear", 1.0))
     raise UnsupportedModelError(
         f"rotary scaling of type {kind!r:.60} is not supported; supported: none, linear"
     )

@@ -97,8 +97,47 @@ def test_a_unix_socket_leaves_no_file_behind() -> None:
 
 def test_nobody_comes() -> None:
     listener = Listener(None)
-    with pytest.raises(PeerLostError, match="no neighbour"):
+    with pytest.raises(PeerLostError, match="waiting for a neighbour"):
         listener.accept(SECRET, 0, timeout_s=0.05)
+    listener.close()
+
+
+def test_closing_a_listener_ends_its_wait() -> None:
+    """A stage that leaves an epoch must not wait out the whole time for a neighbour that died."""
+    listener = Listener(None)
+    failures: list[PeerLostError] = []
+
+    def wait() -> None:
+        try:
+            listener.accept(SECRET, 0, timeout_s=60)
+        except PeerLostError as error:
+            failures.append(error)
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    listener.close()
+    waiting.join(timeout=10)
+    assert not waiting.is_alive()
+    assert len(failures) == 1
+
+
+def test_a_folder_too_long_for_a_unix_socket_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / ("long" * 30)
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    with pytest.raises(PeerLostError, match="TMPDIR"):
+        Listener(None)
+    assert list(folder.iterdir()) == []
+
+
+def test_a_stranger_cannot_make_the_listener_allocate() -> None:
+    listener = Listener(None)
+    stranger = connect(listener.address, b"x" * 65, 0)
+    with pytest.raises(PeerLostError):
+        listener.accept(SECRET, 0, timeout_s=0.3)
+    stranger.close()
     listener.close()
 
 
@@ -142,12 +181,12 @@ def test_a_peer_that_dies_in_mid_frame_is_a_lost_peer() -> None:
 
 
 HOSTILE = {
-    "no magic": (b"HTTP", 1, 2, 1, 0, 0, 1, 1, 0, 4),
-    "another version": (b"LSPN", 9, 2, 1, 0, 0, 1, 1, 0, 4),
-    "unknown type": (b"LSPN", 1, 2, 77, 0, 0, 1, 1, 0, 4),
-    "a payload that contradicts its shape": (b"LSPN", 1, 2, 1, 0, 0, 2, 2, 0, 1 << 40),
-    "a payload of terabytes": (b"LSPN", 1, 2, 1, 0, 0, 1 << 31, 1 << 31, 0, 1 << 62),
-    "a meta part of gigabytes": (b"LSPN", 1, 2, 0, 0, 0, 0, 0, 1 << 31, 0),
+    "no magic": (b"HTTP", 1, 2, 1, 0, 1, 1, 0, 0, 4),
+    "another version": (b"LSPN", 9, 2, 1, 0, 1, 1, 0, 0, 4),
+    "unknown type": (b"LSPN", 1, 2, 77, 0, 1, 1, 0, 0, 4),
+    "a payload that contradicts its shape": (b"LSPN", 1, 2, 1, 0, 2, 2, 0, 0, 1 << 40),
+    "a payload of terabytes": (b"LSPN", 1, 2, 1, 0, 1 << 30, 1 << 30, 0, 0, 1 << 62),
+    "a meta part of gigabytes": (b"LSPN", 1, 2, 0, 0, 0, 0, 1 << 31, 0, 0),
 }
 
 
@@ -176,5 +215,5 @@ def test_random_bytes_end_in_one_of_our_errors(noise: bytes) -> None:
 
 
 def test_the_header_has_the_size_that_its_drawing_shows() -> None:
-    assert HEADER.size == 48
+    assert HEADER.size == 40
     assert struct.calcsize(HEADER.format) == HEADER.size

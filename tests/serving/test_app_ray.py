@@ -136,6 +136,17 @@ def _kill_stage(served: Served, number: int) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
+def test_a_stage_that_stops_without_dying_is_replaced(served: Served) -> None:
+    """A stopped process keeps its sockets open: only asking it tells."""
+    os.kill(served.deployment.stage_pids()[1], signal.SIGSTOP)
+    body = {"model": served.model, "prompt": "Tell me", "max_tokens": 4}
+    lost = httpx.post(served.url + "/v1/completions", json=body, timeout=60)
+    assert lost.status_code >= 500
+    assert lost.json()["error"]["message"]
+    wait_until(lambda: httpx.get(served.url + "/health/ready").status_code == 200, 60)
+    assert httpx.post(served.url + "/v1/completions", json=body, timeout=60).status_code == 200
+
+
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_killed_stage_ends_streams_with_an_error_and_comes_back(
     served: Served, number: int

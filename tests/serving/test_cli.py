@@ -109,6 +109,7 @@ WRONG = {
     "a size without a unit": (["plan", "MODEL", "--context", "1", "--device", "10XB"], 2, "10XB"),
     "two prompts": (["generate", "MODEL", "--prompt", "x", "--prompt-file", "y"], 2, "either"),
     "an empty prompt": (["generate", "MODEL", "--prompt", ""], 1, "empty"),
+    "nothing to measure": (["bench", "MODEL", "-p", "0", "-n", "0"], 2, "nothing to measure"),
     "no number": (["bench", "MODEL", "-p", "many"], 2, "many"),
     "a context of nothing": (["serve", "MODEL", "--context", "0"], 2, "context"),
     "too many stages": (["generate", "MODEL", "--prompt", "x", "--stages", "9"], 2, "9"),
@@ -133,6 +134,15 @@ def test_a_damaged_model_is_refused(model: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(model.read_bytes()[:-1000])
     done = longspan("generate", broken, "--prompt", "x")
+    assert done.returncode == 1
+    assert "broken.gguf" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_damaged_model_is_not_served_and_ray_is_not_started(model: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(model.read_bytes()[:-1000])
+    done = longspan("serve", broken)
     assert done.returncode == 1
     assert "broken.gguf" in done.stderr
     assert "Traceback" not in done.stderr

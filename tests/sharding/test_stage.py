@@ -9,7 +9,7 @@ import torch
 from sharding.batch import Batch, Opened, Segment
 from sharding.errors import CorruptFileError, StageError, UnsupportedModelError
 from sharding.gguf.reader import GGUFFile
-from sharding.kernels.reference import Float32Weight
+from sharding.kernels.reference import Float32Weight, ReferenceKernels
 from tests.stages import GREEDY, chunked_logits, load_stages, logits, open_request
 from tests.tiny_gguf import tiny_llama
 
@@ -139,6 +139,42 @@ def test_one_request_with_broken_logits_does_not_take_others_along() -> None:
     broken, whole = stage.forward(batch, None).segments
     assert broken.error is not None
     assert whole.drawn is not None
+
+
+def test_memory_that_runs_out_costs_one_batch_and_not_the_stage(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (stage,) = load_stages(tiny(), 1)
+    open_request([stage], 1, [0])
+    batch = Batch(1, segments=[Segment(1, 0, [3], sample=True)])
+
+    def no_memory(self: ReferenceKernels, *arguments: object) -> None:
+        raise RuntimeError("can't allocate memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ReferenceKernels, "matmul", no_memory)
+        with pytest.raises(StageError, match="allocate memory"):
+            stage.forward(batch, None)
+    assert stage.forward(batch, None).segments[0].drawn is not None
+
+
+def test_a_vocabulary_size_that_contradicts_the_embedding_is_refused() -> None:
+    """Ids that the tokenizer knows and the model does not would end other requests' batches."""
+    file = tiny()
+    tokens = file.metadata["tokenizer.ggml.tokens"]
+    assert isinstance(tokens, list)
+    tokens.append("extra")
+    with pytest.raises(CorruptFileError, match="token_embd.weight"):
+        load_stages(file, 1)
+
+
+@pytest.mark.parametrize("key", ["rope.scaling.factor", "rope.scale_linear"])
+def test_a_rotary_scale_is_not_overlooked(key: str) -> None:
+    """Files for long contexts give a factor without a type, older ones under another name."""
+    plain, scaled = tiny(), tiny(extra_metadata={f"llama.{key}": 4.0})
+    tokens = tokens_for(200, 20)
+    expected = chunked_logits(load_stages(plain, 1), tokens, 20)
+    assert not torch.allclose(chunked_logits(load_stages(scaled, 1), tokens, 20), expected)
 
 
 @pytest.mark.parametrize("name", ["blk.3.ffn_up.weight", "output_norm.weight"])
