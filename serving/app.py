@@ -42,8 +42,11 @@ from sharding.model_plan import Wanted
 _REPLICA: dict[str, Any] = {
     "max_ongoing_requests": 1_000_000,
     "ray_actor_options": {"num_cpus": 0},
+    # A line for every call would bury what matters.
+    "logging_config": {"enable_access_log": False},
 }
-_WATCH_PERIOD_S = 0.5
+_WATCH_LOADING_S = 0.5
+_WATCH_READY_S = 5.0
 _STATUS_TIMEOUT_S = 2.0
 
 
@@ -163,7 +166,7 @@ class Ingress:
             status = await self._service.engine.status()
             if status.context:
                 self._service.model = replace(self._service.model, context=status.context)
-            await asyncio.sleep(_WATCH_PERIOD_S)
+            await asyncio.sleep(_WATCH_READY_S if status.context else _WATCH_LOADING_S)
 
 
 def describe_model(config: ServeConfig) -> tuple[ServedModel, Tokenizer]:
@@ -174,7 +177,7 @@ def describe_model(config: ServeConfig) -> tuple[ServedModel, Tokenizer]:
         tokenizer = Tokenizer.from_metadata(file.metadata)
         fingerprint = fingerprint_of(file.paths)
     model = ServedModel(
-        name=config.model_name or path.stem,
+        name=config.served_name,
         context=config.context or shape.train_context,
         created=int(time.time()),
         fingerprint=fingerprint,

@@ -17,8 +17,8 @@ import typer
 from rich.console import Console
 
 from serving.config import load_config
+from serving.fetch import MODELS, resolve_model
 from serving.fetch import fetch as fetch_model
-from serving.fetch import resolve_model
 from serving.show import bench_heading, bench_line, plan_record, plan_table
 from sharding.batch import SamplingParams
 from sharding.errors import ConfigError, DoesNotFitError, LongspanError
@@ -147,7 +147,7 @@ def serve(
         "host": host,
         "port": port,
         "threads": threads,
-        "model_name": model_name or path.stem,
+        "model_name": model_name or (model if model in MODELS else path.stem),
         "max_waiting": max_waiting,
         "ingress_replicas": ingress_replicas,
         "address": address,
