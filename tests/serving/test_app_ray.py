@@ -6,15 +6,19 @@ import asyncio
 import json
 import os
 import signal
+from contextlib import closing
 
 import httpx
 import openai
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
 
+from actors.request import GenerateRequest
 from actors.stats import EngineStats
+from sharding.batch import SamplingParams
+from sharding.gguf.reader import GGUFFile
 from tests.served import CONTEXT, Served
-from tests.stages import wait_until
+from tests.stages import local_engine, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -97,6 +101,22 @@ def test_scores_choices_and_echo_through_all_layers(client: openai.OpenAI, serve
         assert first is None, "nothing comes before the first token"
         assert len(rest) >= 3
         assert all(logprob <= 0 for logprob in rest)
+
+
+def test_two_ray_stages_give_the_bits_of_one_stage_in_this_process(
+    client: openai.OpenAI, served: Served, smollm2: GGUFFile
+) -> None:
+    """Log-probabilities that were computed in two processes and sent as JSON are equal, not
+    close."""
+    prompt = list(range(1000, 1040))
+    answer = client.completions.create(
+        model=served.model, prompt=prompt, temperature=0, max_tokens=8, logprobs=0
+    )
+    with closing(local_engine(smollm2, stages=1)) as engine:
+        asked = SamplingParams(temperature=0.0, logprobs=0)
+        events = list(engine.generate(GenerateRequest("one", prompt, 8, asked)))
+    expected = [choice.logprob for event in events for choice in event.tokens]
+    assert answer.model_dump()["choices"][0]["logprobs"]["token_logprobs"] == expected
 
 
 def test_a_prompt_over_the_context_is_refused_with_both_numbers(
