@@ -43,11 +43,6 @@ class PagePool:
         """Free what the request owns."""
         self._free.extend(reversed(self._owned.pop(request)))
 
-    def release_all(self) -> None:
-        """Free everything: the stages forgot it too."""
-        for request in list(self._owned):
-            self.release(request)
-
     def check_integrity(self) -> None:
         """Prove the books: every page is free or owned by one request, and by one only."""
         listed = sorted(self._free + [page for pages in self._owned.values() for page in pages])

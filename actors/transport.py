@@ -206,12 +206,6 @@ def connect(address: Address, secret: bytes, epoch: int, timeout_s: float = 10.0
     return edge
 
 
-def edge_pair(epoch: int = 0) -> tuple[Edge, Edge]:
-    """Two joined edges of one process: what is sent on one is received on the other."""
-    left, right = socket.socketpair()
-    return Edge(left, epoch), Edge(right, epoch)
-
-
 def _knows(edge: Edge, sock: socket.socket, secret: bytes) -> bool:
     sock.settimeout(_HELLO_TIMEOUT_S)
     try:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -179,7 +178,7 @@ def describe_model(config: ServeConfig) -> tuple[ServedModel, Tokenizer]:
     model = ServedModel(
         name=config.served_name,
         context=config.context or shape.train_context,
-        created=int(time.time()),
+        created=int(path.stat().st_mtime),
         fingerprint=fingerprint,
     )
     return model, tokenizer

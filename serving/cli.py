@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +24,7 @@ from serving.show import bench_heading, bench_line, plan_record, plan_table
 from sharding.batch import SamplingParams
 from sharding.errors import ConfigError, DoesNotFitError, LongspanError
 from sharding.gguf.reader import GGUFFile
+from sharding.model.arch import read_shape
 from sharding.model_plan import Wanted, plan_model
 from sharding.planner import Device, parse_bytes
 
@@ -30,7 +32,6 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Serve GGUF language models in layer stages over Ray.",
 )
 err = Console(stderr=True, highlight=False)
 
@@ -55,6 +56,21 @@ def _say(line: str) -> None:
     err.print(line, markup=False, soft_wrap=True)
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"longspan {version('longspan')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    """Serve GGUF language models in layer stages over Ray."""
+
+
 @app.command()
 def fetch(name: Annotated[str, typer.Argument(help="The model's name.")] = "smollm2") -> None:
     """Download and verify a small model, print its path."""
@@ -73,7 +89,9 @@ def plan(
     _only_fp16(kv_dtype)
     sizes = [parse_bytes(text) for text in device]
     devices = [Device(f"device {number}", size) for number, size in enumerate(sizes)]
-    with GGUFFile.open(resolve_model(model, report=_say)) as file:
+    path = resolve_model(model, report=_say)
+    _warn_untrained(path, context)
+    with GGUFFile.open(path) as file:
         try:
             planned = plan_model(file, devices, Wanted(context, context))
         except DoesNotFitError as error:
@@ -108,6 +126,7 @@ def generate(
     from serving.generate import Generation, LocalModel, summary
 
     path = resolve_model(model, report=_say)
+    _warn_untrained(path, context)
     sampling = SamplingParams(temperature=temperature, top_p=top_p, seed=seed)
     with LocalModel(path, stages, Wanted(context), threads) as local:
         generation = Generation(local, text, max_tokens, sampling)
@@ -124,7 +143,7 @@ def generate(
 @app.command()
 def serve(
     model: Model,
-    stages: Stages = 2,
+    stages: Annotated[int | None, typer.Option(help="Stages; 2 by default.")] = None,
     context: Annotated[int | None, typer.Option(help="Most tokens of one request.")] = None,
     kv_tokens: Annotated[int | None, typer.Option(help="Tokens of KV in all.")] = None,
     host: Annotated[str | None, typer.Option(help="Address that HTTP listens on.")] = None,
@@ -147,12 +166,13 @@ def serve(
         "host": host,
         "port": port,
         "threads": threads,
-        "model_name": model_name or (model if model in MODELS else path.stem),
+        "model_name": model_name or (model if model in MODELS else None),
         "max_waiting": max_waiting,
         "ingress_replicas": ingress_replicas,
         "address": address,
     }
     config = load_config({key: value for key, value in chosen.items() if value is not None})
+    _warn_untrained(path, context)
     serve_until_interrupted(config, err)
 
 
@@ -176,17 +196,24 @@ def bench(
     cases = bench_cases(*(_numbers(text) for text in (prompt, tokens, depths)))
     path = resolve_model(model, report=_say)
     room = max(case.context for case in cases)
-    if not as_json:
-        typer.echo(bench_heading())
     with LocalModel(path, stages, Wanted(room, room), threads) as local:
+        if not as_json:
+            typer.echo(bench_heading())
         bencher = Bencher(local.pipeline, local.vocab)
         for case in cases:
             typer.echo(bench_line(bencher.run(case, runs), local, as_json))
 
 
+def _warn_untrained(path: Path, context: int | None) -> None:
+    with GGUFFile.open(path) as file:
+        trained = read_shape(file.metadata).train_context
+    if context is not None and context > trained:
+        _say(f"warning: a context of {context}, but the model was trained for {trained}")
+
+
 def _only_fp16(kv_dtype: str) -> None:
     if kv_dtype != "fp16":
-        raise ConfigError(f"--kv-dtype {kv_dtype} is not supported yet; the KV cache is fp16")
+        raise ConfigError(f"--kv-dtype {kv_dtype} is unknown; fp16 is the only type yet")
 
 
 def _numbers(text: str) -> list[int]:

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import ray
 from ray import serve
@@ -25,6 +25,7 @@ from sharding.errors import ConfigError, UnavailableError
 
 _OBJECT_STORE_BYTES = 128 << 20
 _CALL_TIMEOUT_S = 30.0
+_CONNECT_TIMEOUT_S = 5.0
 
 APPLICATION = "longspan"
 
@@ -55,18 +56,18 @@ class Deployment:
 
 
 @contextlib.contextmanager
-def deployed(config: ServeConfig) -> Iterator[Deployment]:
+def deployed(
+    config: ServeConfig, on_ray: Callable[[], None] = lambda: None
+) -> Iterator[Deployment]:
     """Deploy for the length of a `with`; a cluster that was started here ends with it.
 
-    Raises `ConfigError` for a port in use or an address where no Ray answers.
+    `on_ray` is called as soon as Ray has started: it installs signal handlers, for one. Raises
+    `ConfigError` for an address where no Ray answers.
     """
-    if config.address is None:
-        check_port(config.host, config.port)
-    # A model that cannot be read is told in a second, not after Ray and Serve have started.
-    describe_model(config)
     # Its progress reports say nothing that ours do not.
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     start_ray(config.address)
+    on_ray()
     try:
         serve.start(http_options={"host": config.host, "port": config.port})
         _deploy(config)
@@ -98,6 +99,7 @@ def start_ray(address: str | None) -> None:
     os.environ.setdefault("RAY_worker_niceness", "0")
     # A cluster of this process alone listens on loopback and needs no token in the user's home.
     if address is not None:
+        _check_address(address)
         try:
             ray.init(address=address, log_to_driver=False, logging_level="WARNING")
         except (ConnectionError, ValueError) as error:
@@ -114,15 +116,39 @@ def start_ray(address: str | None) -> None:
     )
 
 
-def check_port(host: str, port: int) -> None:
-    """Raise `ConfigError` unless a server may listen there."""
+def check_config(config: ServeConfig) -> None:
+    """What can be told in a second, before Ray and Serve start for ten.
+
+    Raises `ConfigError` for a port in use, `ModelFileError` for a model that cannot be read.
+    """
+    if config.address is None:
+        _check_port(config.host, config.port)
+    describe_model(config)
+
+
+def _check_port(host: str, port: int) -> None:
     try:
-        with socket.create_server((host, port)):
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.create_server(address[:2], family=family):
             pass
     except OSError as error:
+        # The text of `create_server` would repeat the address.
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
         raise ConfigError(
-            f"cannot listen on {host}:{port}: {error.strerror}; choose another --port"
+            f"cannot listen on {host}:{port}: {reason}; choose another --port or --host"
         ) from error
+
+
+def _check_address(address: str) -> None:
+    """Ray itself would try for minutes to reach a host and port where nothing listens."""
+    host, separator, port = address.rpartition(":")
+    if not (separator and port.isdigit() and host and "/" not in host):
+        return
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), _CONNECT_TIMEOUT_S):
+            pass
+    except OSError as error:
+        raise ConfigError(f"no Ray cluster answers at {address}: {error}") from error
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ else. Not here: what fits into memory, and whether the model file is any good.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -87,8 +88,9 @@ class ServeConfig(BaseModel):
 
     @property
     def served_name(self) -> str:
-        """The name that clients ask for."""
-        return self.model_name or Path(self.model).name.removesuffix(".gguf")
+        """The name that clients ask for; a split set goes by what its parts share."""
+        stem = Path(self.model).name.removesuffix(".gguf")
+        return self.model_name or re.sub(r"-00001-of-\d{5}$", "", stem)
 
     @field_validator("*", mode="before")
     @classmethod

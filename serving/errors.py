@@ -82,7 +82,8 @@ def error_body(error: errors.LongspanError) -> ErrorBody:
     """The body that tells a client about `error`; also sent inside a broken stream."""
     row = row_of(error)
     param = getattr(error, "param", None)
-    detail = ErrorDetail(message=str(error), type=row.type, param=param, code=row.code)
+    message = _sendable(str(error))
+    detail = ErrorDetail(message=message, type=row.type, param=param, code=row.code)
     return ErrorBody(error=detail)
 
 
@@ -104,8 +105,13 @@ def plain_response(
 ) -> Response:
     """An error that HTTP itself knows: an unknown route, a method, a body too large."""
     kind = "server_error" if status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
-    detail = ErrorDetail(message=message, type=kind, param=None, code=code)
+    detail = ErrorDetail(message=_sendable(message), type=kind, param=None, code=code)
     return _json(status, ErrorBody(error=detail), headers)
+
+
+def _sendable(text: str) -> str:
+    """Text that UTF-8 can carry: a client's lone surrogate may be quoted in it."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def install(app: FastAPI) -> None:
@@ -137,6 +143,11 @@ def _http_response(request: Request, error: HTTPException) -> Response:
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         message = f"{where} is not allowed; allowed: {headers.get('Allow', 'nothing')}"
         return plain_response(405, message, "method_not_allowed", headers)
+    if error.status_code == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+        return plain_response(413, str(error.detail), "request_too_large", headers)
+    if error.status_code == HTTPStatus.BAD_REQUEST:
+        message = f"the body cannot be read: {error.detail}; send JSON in UTF-8, not compressed"
+        return plain_response(400, message, "invalid_value", headers)
     return plain_response(error.status_code, str(error.detail), None, headers)
 
 
@@ -152,7 +163,9 @@ def _as_request_error(found: Sequence[Any]) -> errors.RequestError:
         return errors.RequestError(f"the body is not valid JSON: {where}")
     param = _path(first["loc"])
     if not param:
-        return errors.RequestError(f"the body must be a JSON object: {first['msg']}")
+        return errors.RequestError(
+            "the body must be a JSON object, sent with Content-Type: application/json"
+        )
     reasons = dict.fromkeys(each["msg"] for each in found if _path(each["loc"]) == param)
     return errors.RequestError(f"{param}: {', or: '.join(reasons)}", param)
 

@@ -3,6 +3,7 @@ HTTP."""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from actors.local import LocalStages
 from actors.pipeline import LocalPipeline
 from actors.request import GenerateRequest
 from sharding.batch import SamplingParams
-from sharding.errors import ContextLengthError, PipelineError, RequestError
+from sharding.errors import ConfigError, ContextLengthError, PipelineError, RequestError
 from sharding.gguf.reader import GGUFFile
 from sharding.gguf.tokenizer import Tokenizer
 from sharding.kernels.reference import use_threads
@@ -35,7 +36,10 @@ class LocalModel:
         self.path = path
         self.stages = stages
         self.kernels = wanted.kernels
-        self.threads = use_threads(threads)
+        cores = len(os.sched_getaffinity(0))
+        if threads is not None and threads > cores:
+            raise ConfigError(f"--threads {threads} exceeds the {cores} cores of this process")
+        self.threads = use_threads(threads or cores)
         free = int(available_bytes() * _MEMORY_SHARE) // stages
         devices = [Device(f"cpu, part {number}", free) for number in range(stages)]
         with GGUFFile.open(path) as file:
@@ -90,7 +94,7 @@ class Generation:
 
     def pieces(self) -> Iterator[str]:
         """The answer, piece by piece. Raises `PipelineError` if the engine fails."""
-        decoder = self._local.tokenizer.incremental()
+        decoder = self._local.tokenizer.incremental(continues=True)
         begin = first = time.perf_counter()
         for event in self._local.engine.generate(self._request):
             if event.error is not None:

@@ -169,7 +169,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
 
 
 def _add_tokens(app: FastAPI, service: Service) -> None:
-    failures = _errors(400, 413, 500)
+    failures = _errors(400, 404, 413, 500)
 
     @app.post("/tokenize", responses=failures)
     async def tokenize(body: TokenizeRequest) -> TokenizeAnswer:

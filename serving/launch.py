@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from serving.cluster import Deployment, deployed
+from serving.cluster import Deployment, check_config, deployed
 from serving.config import ServeConfig
 from serving.show import stage_table
 from sharding.errors import UnavailableError
@@ -25,10 +25,10 @@ def serve_until_interrupted(config: ServeConfig, err: Console) -> None:
     """Serve until SIGINT or SIGTERM. Raises `LongspanError` when the model cannot be loaded."""
     stopped = threading.Event()
     _stop_on_signal(stopped)
+    check_config(config)
     err.print(f"starting Ray for {config.stages} stages of {config.served_name}", markup=False)
-    with deployed(config) as deployment:
-        # Again: Ray has put handlers of its own, which print a stack trace.
-        _stop_on_signal(stopped)
+    # Again once Ray has put handlers of its own, which print a stack trace.
+    with deployed(config, on_ray=lambda: _stop_on_signal(stopped)) as deployment:
         if _wait_loaded(deployment, stopped, err):
             err.print(stage_table(deployment.stats()))
             url = f"http://{config.host}:{config.port}/v1"

@@ -269,6 +269,7 @@ class TokenizeRequest(_Request):
     Special tokens are added by default to a `prompt` and not to a `content`, as these two do.
     """
 
+    model: str | None = None
     prompt: str | None = None
     content: str | None = None
     add_special: bool | None = None
@@ -295,6 +296,7 @@ class TokenizeAnswer(BaseModel):
 class DetokenizeRequest(_Request):
     """The body of POST /detokenize."""
 
+    model: str | None = None
     tokens: TokenIds
 
 

@@ -21,12 +21,13 @@ from serving.service import ServedModel, Service, Tokenizer
 from sharding.batch import SamplingParams
 from sharding.errors import ContextLengthError, RequestError, UnknownModelError
 
-MOST_ANSWERS = 1024
+MOST_ANSWERS = 128
 """Most answers of one request: prompts times n."""
 
 _OFF: tuple[object, ...] = (None, False, "", [], {})
 
 UNSUPPORTED: dict[str, tuple[object, ...]] = {
+    "add_special_tokens": (None, True),
     "allowed_token_ids": _OFF,
     "audio": _OFF,
     "bad_words": _OFF,
@@ -35,6 +36,7 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "chat_template_kwargs": _OFF,
     "continue_final_message": _OFF,
     "documents": _OFF,
+    "echo": (None, False),
     "function_call": (*_OFF, "none", "auto"),
     "functions": _OFF,
     "grammar": _OFF,
@@ -48,6 +50,7 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "logits_processors": _OFF,
     "lora": _OFF,
     "mirostat": (None, 0),
+    "n_predict": (None,),
     "modalities": (*_OFF, ["text"]),
     "prediction": _OFF,
     "priority": (None, 0),
@@ -56,6 +59,7 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "response_format": (*_OFF, {"type": "text"}),
     "return_progress": _OFF,
     "return_token_ids": _OFF,
+    "return_tokens_as_token_ids": _OFF,
     "structured_outputs": _OFF,
     "suffix": _OFF,
     "tool_choice": (*_OFF, "none", "auto"),
@@ -102,12 +106,18 @@ def check_model(name: str | None, model: ServedModel) -> None:
         raise UnknownModelError(message, "model")
 
 
-def refuse_unsupported(extra: Extra | None, where: str = "") -> None:
+def refuse_unsupported(extra: Extra | None) -> None:
     """Raises `RequestError` for a known field that asks for something unsupported."""
     for name, value in (extra or {}).items():
-        if value not in UNSUPPORTED.get(name, (value,)):
-            field = where + name
-            raise RequestError(f"{field} is not supported by this server; leave it out", field)
+        if name in UNSUPPORTED and not _is_one_of(value, UNSUPPORTED[name]):
+            raise RequestError(f"{name} is not supported by this server; leave it out", name)
+
+
+def _is_one_of(value: object, neutral: Sequence[object]) -> bool:
+    """Like `in`, but false is not 0."""
+    return any(
+        value == each and isinstance(value, bool) == isinstance(each, bool) for each in neutral
+    )
 
 
 def check_body(body: GenerationRequest, service: Service) -> None:

@@ -40,7 +40,12 @@ def plan_record(planned: ModelPlan) -> dict[str, Any]:
         }
         for stage in planned.plan.stages
     ]
-    return {"fits": True, "max_context": planned.max_context, "stages": stages}
+    return {
+        "fits": True,
+        "max_context": planned.max_context,
+        "train_context": planned.train_context,
+        "stages": stages,
+    }
 
 
 def plan_table(planned: ModelPlan) -> Table:

@@ -108,7 +108,7 @@ class AnswerText:
         """`skip`: leave special tokens out of the text."""
         self.drawn = 0
         self.finish_reason: FinishReason | None = None
-        self._decoder = tokenizer.incremental(skip_special=skip)
+        self._decoder = tokenizer.incremental(skip_special=skip, continues=True)
         self._sampling = sampling
         self._matcher = StopMatcher(stops)
         self._pending = ""  # decoded, not yet handed out

@@ -14,7 +14,7 @@ from serving.openai import (
     TokenizerInfo,
     TokenPiece,
 )
-from serving.prepare import check_tokens
+from serving.prepare import check_model, check_tokens
 from serving.service import Service, Tokenizer
 from sharding.errors import RequestError
 
@@ -23,6 +23,7 @@ def tokenize(body: TokenizeRequest, service: Service) -> TokenizeAnswer:
     """The tokens of a text. Raises `RequestError` unless exactly one text is given."""
     if (body.prompt is None) == (body.content is None):
         raise RequestError("exactly one of prompt and content is needed", "prompt")
+    check_model(body.model, service.model)
     text = body.content if body.prompt is None else body.prompt
     assert text is not None
     ids = service.tokenizer.encode(
@@ -53,6 +54,7 @@ def _piece(tokenizer: Tokenizer, token: int) -> TokenPiece:
 
 def detokenize(body: DetokenizeRequest, service: Service) -> DetokenizeAnswer:
     """The text of tokens, special ones included. Raises `RequestError` for an unknown token."""
+    check_model(body.model, service.model)
     check_tokens(body.tokens, service.tokenizer, "tokens")
     text = service.tokenizer.decode(body.tokens, skip_special=False)
     return DetokenizeAnswer(prompt=text, content=text)

@@ -53,11 +53,6 @@ def fp32_resident(info: TensorSize) -> int:
     return FP32_BYTES * info.elements
 
 
-def file_resident(info: TensorSize) -> int:
-    """Bytes in memory under kernels that keep a weight as quantised as the file has it."""
-    return info.n_bytes
-
-
 @dataclass(frozen=True)
 class ModelCosts:
     """Resident bytes of a model's parts.
@@ -159,13 +154,3 @@ def activation_bytes(shape: ModelShape, chunk_tokens: int, *, last: bool) -> int
 def buffer_bytes(shape: ModelShape, chunk_tokens: int) -> int:
     """The transport's receive and send buffers, each float32 `[chunk_tokens, hidden]`."""
     return 2 * chunk_tokens * shape.hidden * FP32_BYTES
-
-
-def flops_per_token(shape: ModelShape, depth: int) -> int:
-    """FLOPs of one token, head included, with `depth` tokens before it in its request.
-
-    A multiply and an add are two. Norms, rotations and softmax are left out: below 1%.
-    """
-    projections = shape.hidden * (2 * shape.q_features + 2 * shape.kv_features + 3 * shape.ffn)
-    scores_and_values = 2 * shape.q_features * (depth + 1)
-    return 2 * (shape.layers * (projections + scores_and_values) + shape.hidden * shape.vocab)

@@ -30,6 +30,7 @@ class ModelPlan:
     plan: Plan
     context: int
     max_context: int
+    train_context: int
 
 
 @dataclass(frozen=True)
@@ -58,4 +59,5 @@ def plan_model(file: GGUFFile, devices: Sequence[Device], wanted: Wanted) -> Mod
             f"kv_tokens of {kv_tokens} cannot hold one context of {context}; "
             "raise it or lower the context"
         )
-    return ModelPlan(make_plan(costs, devices, kv_tokens), context, largest)
+    plan = make_plan(costs, devices, kv_tokens)
+    return ModelPlan(plan, context, largest, shape.train_context)

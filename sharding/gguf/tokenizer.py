@@ -179,21 +179,23 @@ class Tokenizer:
         decoder = self.incremental(skip_special=skip_special)
         return "".join([decoder.push(token_id) for token_id in ids]) + decoder.finish()
 
-    def incremental(self, *, skip_special: bool = True) -> IncrementalDecoder:
-        """A decoder for one text whose tokens arrive one by one."""
-        return IncrementalDecoder(self, self._vocab, skip_special)
+    def incremental(
+        self, *, skip_special: bool = True, continues: bool = False
+    ) -> IncrementalDecoder:
+        """A decoder for tokens that arrive one by one; an answer `continues` its prompt's text."""
+        return IncrementalDecoder(self, self._vocab, not skip_special, not continues)
 
 
 class IncrementalDecoder:
-    """Text of one answer as its tokens arrive. A UTF-8 character is never split; what was pushed,
-    joined with `finish()`, equals `Tokenizer.decode` of all the ids. State: up to 3 bytes."""
+    """Text as its tokens arrive. A UTF-8 character is never split; what was pushed, joined with
+    `finish()`, equals `Tokenizer.decode` of all the ids. State: up to 3 bytes."""
 
-    def __init__(self, tokenizer: Tokenizer, vocab: _Vocab, skip_special: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, vocab: _Vocab, special: bool, start: bool) -> None:
         self._tokenizer = tokenizer
         self._kinds = vocab.kinds
-        self._special = not skip_special
+        self._special = special
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._at_start = vocab.add_space_prefix
+        self._at_start = start and vocab.add_space_prefix
 
     def push(self, token_id: int) -> str:
         """The text that this token completes, possibly empty. Invalid bytes become U+FFFD as soon

@@ -12,7 +12,6 @@ what else is in the batch then only moves a row within a tile, which changes not
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -173,7 +172,7 @@ def _attend_tile(
     return mixed / total
 
 
-def use_threads(threads: int | None) -> int:
-    """Compute on so many cores of this process (None: all that it may use); says how many."""
-    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+def use_threads(threads: int) -> int:
+    """Compute on so many cores of this process; says how many they are."""
+    torch.set_num_threads(threads)
     return torch.get_num_threads()

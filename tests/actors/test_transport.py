@@ -15,10 +15,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.transport import HEADER, Edge, Listener, connect, edge_pair
+from actors.transport import HEADER, Edge, Listener, connect
 from sharding.errors import PeerLostError, ProtocolError
 
 SECRET = b"s" * 32
+
+
+def edge_pair(epoch: int = 0) -> tuple[Edge, Edge]:
+    """Two joined edges: what is sent on one is received on the other."""
+    left, right = socket.socketpair()
+    return Edge(left, epoch), Edge(right, epoch)
 
 
 @contextlib.contextmanager

@@ -64,7 +64,7 @@ class ByteTokenizer:
     def token_text(self, token: int) -> str:
         return self.token_bytes(token).decode("latin-1")
 
-    def incremental(self, *, skip_special: bool = True) -> ByteDecoder:
+    def incremental(self, *, skip_special: bool = True, continues: bool = False) -> ByteDecoder:
         return ByteDecoder(self, skip_special)
 
 

@@ -168,7 +168,6 @@ def test_one_failing_choice_cancels_the_others() -> None:
     "last",
     [
         Event(error="stage 1 is gone"),
-        Event(finish_reason="cancelled"),
         Event(),
         asyncio.CancelledError(),
     ],

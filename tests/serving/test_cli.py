@@ -113,6 +113,12 @@ WRONG = {
     "no number": (["bench", "MODEL", "-p", "many"], 2, "many"),
     "a context of nothing": (["serve", "MODEL", "--context", "0"], 2, "context"),
     "too many stages": (["generate", "MODEL", "--prompt", "x", "--stages", "9"], 2, "9"),
+    "more threads than cores": (
+        ["generate", "MODEL", "--prompt", "x", "--threads", "100000"], 2, "cores",
+    ),
+    "a cluster that is not there": (
+        ["serve", "MODEL", "--address", "127.0.0.1:1"], 2, "no Ray cluster answers at 127.0.0.1:1",
+    ),
     "a KV type of the future": (
         ["plan", "MODEL", "--context", "1", "--device", "1GiB", "--kv-dtype", "int8"], 2, "fp16",
     ),
@@ -128,6 +134,14 @@ def test_a_mistake_is_named_in_one_line(
     assert named in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+def test_a_context_beyond_the_training_is_warned_of(model: Path) -> None:
+    done = longspan("plan", model, "--context", 1000, "--device", "1GiB", "--json")
+    assert done.returncode == 0
+    assert "1000" in done.stderr
+    assert "trained for 512" in done.stderr
+    assert json.loads(done.stdout)["train_context"] == 512
 
 
 def test_a_damaged_model_is_refused(model: Path, tmp_path: Path) -> None:

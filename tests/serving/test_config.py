@@ -104,6 +104,7 @@ def test_a_key_that_is_no_text_is_refused() -> None:
     [
         ({"model": "smollm2"}, "smollm2"),
         ({"model": "models/Llama-3.2-1B.Q4_1.gguf"}, "Llama-3.2-1B.Q4_1"),
+        ({"model": "big-00001-of-00003.gguf"}, "big"),
         ({"model": "models/x.gguf", "model_name": "house-model"}, "house-model"),
     ],
 )

@@ -280,3 +280,36 @@ def test_others_are_served_while_a_long_prompt_is_encoded(monkeypatch: pytest.Mo
 
     asyncio.run(run())
     assert done == ["short", "long"]
+
+
+def test_half_a_surrogate_pair_in_a_name_is_quoted_and_not_a_500() -> None:
+    """The answer quotes the model's name, and UTF-8 cannot carry this one."""
+    answer = World().request(
+        "POST", "/v1/completions", rb'{"model": "\ud800", "prompt": "x", "max_tokens": 1}'
+    )
+    assert answer.status_code == 404
+    assert "\\ud800" in error_of(answer)["message"]
+
+
+def test_echo_is_refused_where_it_means_nothing() -> None:
+    answer = World().chat(echo=True)
+    assert answer.status_code == 400
+    assert error_of(answer)["param"] == "echo"
+
+
+@pytest.mark.parametrize("field", ["priority", "tools"])
+def test_false_is_not_nought(field: str) -> None:
+    value = False if field == "priority" else 0
+    answer = World().complete(**{field: value})
+    assert answer.status_code == 400
+    assert error_of(answer)["param"] == field
+
+
+@pytest.mark.parametrize(
+    ("path", "body"), [("/tokenize", {"prompt": "x"}), ("/detokenize", {"tokens": [65]})]
+)
+def test_tokens_of_a_model_that_is_not_served_are_not_found(
+    path: str, body: dict[str, object]
+) -> None:
+    assert World().post(path, {"model": "another", **body}).status_code == 404
+    assert World().post(path, body).status_code == 200

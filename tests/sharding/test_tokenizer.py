@@ -322,6 +322,14 @@ def test_a_character_is_pushed_whole_and_a_broken_one_at_once() -> None:
     assert [decoder.push(first), decoder.finish()] == ["", "\ufffd"]
 
 
+def test_an_answer_keeps_the_space_before_its_first_word() -> None:
+    """The space that `encode` puts before a text belongs to the prompt, not to what follows it."""
+    spaced = SPM.encode("a")[-1]
+    assert SPM.token_text(spaced) == "\u2581a"
+    assert SPM.incremental().push(spaced) == "a"
+    assert SPM.incremental(continues=True).push(spaced) == " a"
+
+
 def test_a_lone_surrogate_is_refused_with_its_place() -> None:
     """JSON can carry one; no UTF-8 can."""
     with pytest.raises(RequestError, match=r"character 2 .* U\+D800"):
