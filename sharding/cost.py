@@ -1,4 +1,4 @@
-"""Bytes and FLOPs of a model's parts, as pure functions of its shape and its tensor table.
+"""Bytes of a model's parts, as pure functions of its shape and its tensor table.
 
 Not here: how layers are divided over devices (`planner`), and any tensor. Everything is exact
 integer arithmetic in bytes; activations are an upper bound, explained term by term.
@@ -19,8 +19,9 @@ from sharding.model.arch import ModelShape
 FP32_BYTES = 4
 FP16_BYTES = 2
 
-SCORE_BYTES = 32 << 20
-"""Bound on the block of attention scores that the reference attention holds at a time."""
+WORKSPACE_BYTES = 16 << 20
+"""Bound on what attention holds beside its input and output: tiles of scores, keys and values. The
+reference needs 8 tokens x 256 slots x 4 bytes a head, a few times, at any depth."""
 
 LOGIT_ROWS = 64
 """Most rows of logits `[rows, vocab]` that the last stage computes at a time."""
@@ -137,14 +138,13 @@ def activation_bytes(shape: ModelShape, chunk_tokens: int, *, last: bool) -> int
     Everything is float32, one layer at a time. Per token: three hidden states (the residual stream,
     its normalised copy, the output to be added); queries, keys, values and attention's output,
     which is as wide as the queries; gate and up, the activated gate and the product. Attention and
-    feed-forward never live at once; adding both pays for the rotations' temporaries. Per stage: one
-    block of attention scores, their softmax, and a mask of a byte a score. The `last` stage adds up
-    to `LOGIT_ROWS` rows of logits, as many of log-probabilities, and the sampler's copies of one
-    row.
+    feed-forward never live at once; adding both pays for the rotations' temporaries. Per stage: the
+    kernels' workspace. The `last` stage adds up to `LOGIT_ROWS` rows of logits, as many of
+    log-probabilities, and the sampler's copies of one row.
     """
     attention = 2 * shape.q_features + 2 * shape.kv_features
     per_token = FP32_BYTES * (3 * shape.hidden + attention + 4 * shape.ffn)
-    total = chunk_tokens * per_token + 2 * SCORE_BYTES + SCORE_BYTES // FP32_BYTES
+    total = chunk_tokens * per_token + WORKSPACE_BYTES
     if last:
         rows = min(LOGIT_ROWS, chunk_tokens)
         total += shape.vocab * (2 * rows * FP32_BYTES + SAMPLER_BYTES_PER_TOKEN)
