@@ -34,7 +34,7 @@ _UNEXPECTED = "the engine stopped unexpectedly; its log has the traceback"
 
 
 @dataclass(frozen=True)
-class Opened:
+class ReadyPipeline:
     """A pipeline that is ready, and what it can hold."""
 
     pipeline: Pipeline
@@ -45,10 +45,10 @@ class Opened:
 class StageSource(Protocol):
     """Where stages come from. Called on the engine's thread, `close` from any."""
 
-    def open(self, report: Callable[[float, str], None]) -> Opened:
+    def open(self, report: Callable[[float, str], None]) -> ReadyPipeline:
         """Load all stages; `report` hears the share loaded and a line for people."""
 
-    def repair(self, report: Callable[[float, str], None]) -> Opened:
+    def repair(self, report: Callable[[float, str], None]) -> ReadyPipeline:
         """Replace what died and join the stages anew. Raises `LongspanError` when that fails."""
 
     def check(self) -> None:
@@ -172,8 +172,8 @@ class Engine:
             self._lose("failed", self._ending)
 
     def _open_with_patience(
-        self, opening: Callable[[Callable[[float, str], None]], Opened]
-    ) -> Opened | None:
+        self, opening: Callable[[Callable[[float, str], None]], ReadyPipeline]
+    ) -> ReadyPipeline | None:
         """A working pipeline, or None when it is time to end; the reason is then in `_ending`."""
         for tries in count():
             wait_s = wait_before(tries)
@@ -199,7 +199,7 @@ class Engine:
             state = "repairing" if self._status.state == "repairing" else "loading"
             self._status = EngineStatus(state, share, detail)
 
-    def _attach(self, opened: Opened) -> None:
+    def _attach(self, opened: ReadyPipeline) -> None:
         with self._lock:
             self._pipeline, self._epoch = opened.pipeline, opened.epoch
             self._scheduler = self._scheduler or Scheduler(opened.limits)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from actors.engine import Opened
+from actors.engine import ReadyPipeline
 from actors.pipeline import LocalPipeline
 from actors.scheduler import Limits
 from actors.stats import StageStats
@@ -34,7 +34,7 @@ class LocalStages:
         self._epoch = 0
         self.stages: list[Stage] = []
 
-    def open(self, report: Callable[[float, str], None]) -> Opened:
+    def open(self, report: Callable[[float, str], None]) -> ReadyPipeline:
         """Load stage after stage."""
         self.stages.clear()
         if isinstance(self._model, GGUFFile):
@@ -42,11 +42,11 @@ class LocalStages:
         else:
             with GGUFFile.open(self._model) as file:
                 self._load(file, report)
-        return self._opened()
+        return self._ready()
 
-    def _opened(self) -> Opened:
+    def _ready(self) -> ReadyPipeline:
         limits = plan_limits(self._plan, self._max_waiting)
-        return Opened(LocalPipeline(self.stages), limits, self._epoch)
+        return ReadyPipeline(LocalPipeline(self.stages), limits, self._epoch)
 
     def _load(self, file: GGUFFile, report: Callable[[float, str], None]) -> None:
         # Here, so that whoever only needs a plan does not wait for torch.
@@ -60,12 +60,12 @@ class LocalStages:
 
             self.stages.append(Stage(spec, file, share))
 
-    def repair(self, report: Callable[[float, str], None]) -> Opened:
+    def repair(self, report: Callable[[float, str], None]) -> ReadyPipeline:
         """Start afresh: nothing here dies alone, but a step may have failed half-way."""
         for stage in self.stages:
             stage.reset()
         self._epoch += 1
-        return self._opened()
+        return self._ready()
 
     def check(self) -> None:
         """Nothing to ask: these stages run on the thread that would ask."""

@@ -21,7 +21,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.engine import Opened
+from actors.engine import ReadyPipeline
 from actors.local import plan_limits, stage_specs
 from actors.pipeline import SocketPipeline
 from actors.recovery import plan_repair
@@ -76,7 +76,7 @@ class RayStages:
         self._cpus: float = 1
         self._closed = False
 
-    def open(self, report: Callable[[float, str], None]) -> Opened:
+    def open(self, report: Callable[[float, str], None]) -> ReadyPipeline:
         """Place, plan by what is free where the actors landed, load, join."""
         self._release()
         config = self._config
@@ -92,7 +92,7 @@ class RayStages:
         self._load(range(config.stages), report)
         return self._join(0)
 
-    def repair(self, report: Callable[[float, str], None]) -> Opened:
+    def repair(self, report: Callable[[float, str], None]) -> ReadyPipeline:
         """Replace the stages that died and join all in a new epoch."""
         if not self._specs:
             return self.open(report)
@@ -129,7 +129,7 @@ class RayStages:
             report(sum(shares) / len(shares), f"loading {len(loads)} stages")
         _get(loads, "loading")
 
-    def _join(self, epoch: int) -> Opened:
+    def _join(self, epoch: int) -> ReadyPipeline:
         """All listen before any connects, so that nobody has to wait for a neighbour."""
         assert self._plan is not None, "joined before it was planned"
         self._epoch = epoch
@@ -153,7 +153,7 @@ class RayStages:
         finally:
             back.close()
         pipeline = SocketPipeline(front, last, len(self._actors))
-        return Opened(pipeline, plan_limits(self._plan, self._config.max_waiting), epoch)
+        return ReadyPipeline(pipeline, plan_limits(self._plan, self._config.max_waiting), epoch)
 
     def stats(self) -> list[StageStats]:
         """What each stage holds; empty while one cannot answer."""
