@@ -29,7 +29,7 @@ from sharding.errors import LongspanError, PipelineError, ProtocolError, Unavail
 log = logging.getLogger("longspan.engine")
 
 _CLOSE_TIMEOUT_S = 10.0
-_SILENT_S = 5.0
+_SILENT_S = 2.0
 _UNEXPECTED = "the engine stopped unexpectedly; its log has the traceback"
 
 
@@ -232,14 +232,15 @@ class Engine:
         while not self._stopping.is_set():
             while len(self._in_flight) < pipeline.depth and (batch := self._schedule()):
                 pipeline.send(batch)
-            result = pipeline.receive(timeout_s=_SILENT_S)
+            result = pipeline.receive(max(0.0, heard + _SILENT_S - time.monotonic()))
             if result is not None:
-                heard = time.monotonic()
                 self._apply(result)
-            elif time.monotonic() - heard > _SILENT_S:
+            elif time.monotonic() - heard >= _SILENT_S:
                 # A long step, or a stage that stopped without closing its sockets: ask.
                 self._source.check()
-                heard = time.monotonic()
+            else:
+                continue  # woken: a request came or went
+            heard = time.monotonic()
 
     def _schedule(self) -> Batch | None:
         with self._lock:

@@ -96,7 +96,7 @@ class RayStages:
         """Replace the stages that died and join all in a new epoch."""
         if not self._specs:
             return self.open(report)
-        repair = plan_repair(self._epoch, [_alive(actor) for actor in self._actors])
+        repair = plan_repair(self._epoch, _end_the_silent(self._actors))
         for stage in repair.replace:
             self._actors[stage] = self._start(stage)
             facts = _get([self._actors[stage].facts.remote()], f"asking stage {stage}")
@@ -167,8 +167,10 @@ class RayStages:
         return _get([actor.pid.remote() for actor in self._actors], "asking for processes")
 
     def check(self) -> None:
-        """Prove that every stage answers. Raises `PeerLostError`: stopped, or cut off."""
-        _get([actor.progress.remote() for actor in self._actors], "asking", _PING_TIMEOUT_S)
+        """Prove that every stage answers; end those that do not, and raise `PeerLostError`."""
+        lost = [stage for stage, lives in enumerate(_end_the_silent(self._actors)) if not lives]
+        if lost:
+            raise PeerLostError(f"stage {lost[0]} does not answer")
 
     def close(self) -> None:
         """End the actors and give their resources back; an `open` under way gives up."""
@@ -223,12 +225,22 @@ def _place(stages: int, cpus: float) -> PlacementGroup:
     return group
 
 
-def _alive(actor: ActorHandle) -> bool:
+def _end_the_silent(actors: Sequence[ActorHandle]) -> list[bool]:
+    """Which actors answer, asked all at once; one that does not will not come back half-alive."""
+    # Not just any call: an actor that failed to load is no use either, and refuses this one.
+    asked = [actor.stats.remote() for actor in actors]
+    answered, _ = ray.wait(asked, num_returns=len(asked), timeout=_PING_TIMEOUT_S)
+    alive = [ref in answered and _succeeded(ref) for ref in asked]
+    for actor, lives in zip(actors, alive, strict=True):
+        if not lives:
+            ray.kill(actor)
+    return alive
+
+
+def _succeeded(ref: ray.ObjectRef) -> bool:
     try:
-        # Not just any call: one that died while it loaded is no use either, and refuses this.
-        _get([actor.stats.remote()], "looking for survivors", _PING_TIMEOUT_S)
+        _get([ref], "looking for survivors")
     except PipelineError:
-        ray.kill(actor)
         return False
     return True
 

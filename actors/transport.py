@@ -15,11 +15,9 @@ from __future__ import annotations
 
 import contextlib
 import hmac
-import os
-import shutil
+import secrets
 import socket
 import struct
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -51,7 +49,7 @@ _UNACKNOWLEDGED_MS = 10_000
 
 
 class Address(msgspec.Struct, frozen=True):
-    """Where an edge listens: a Unix socket's path, or a host and a TCP port."""
+    """Where an edge listens: a Unix socket's abstract name, or a host and a TCP port."""
 
     path: str | None = None
     host: str | None = None
@@ -144,18 +142,11 @@ class Listener:
 
     def __init__(self, host: str | None) -> None:
         """Listen on a Unix socket, or with `host` on a free TCP port of that address."""
-        self._folder: str | None = None
         if host is None:
-            self._folder = tempfile.mkdtemp(prefix="longspan-")
-            path = os.path.join(self._folder, "edge")
+            # Linux's abstract names leave no file behind, not even after a SIGKILL.
+            path = f"\0longspan-{secrets.token_hex(16)}"
             self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            try:
-                self._sock.bind(path)
-            except OSError as error:
-                self.close()
-                raise PeerLostError(
-                    f"listening at {path}: {error}; set a shorter TMPDIR"
-                ) from error
+            self._sock.bind(path)
             self.address = Address(path=path)
         else:
             with _lost_peer(f"listening at {host}"):
@@ -177,17 +168,15 @@ class Listener:
         raise PeerLostError("waiting for a neighbour: only strangers came")
 
     def close(self) -> None:
-        """Stop listening, also in the midst of `accept`; remove the file; edges live on."""
+        """Stop listening, also in the midst of `accept`; edges live on."""
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
         self._sock.close()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def connect(address: Address, secret: bytes, epoch: int, timeout_s: float = 10.0) -> Edge:
     """Open an edge to a listener. Raises `PeerLostError`."""
-    where = address.path or f"{address.host}:{address.port}"
+    where = repr(address.path) if address.path else f"{address.host}:{address.port}"
     family = socket.AF_INET if address.path is None else socket.AF_UNIX
     sock = socket.socket(family, socket.SOCK_STREAM)
     sock.settimeout(timeout_s)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import struct
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -92,15 +90,6 @@ def test_a_neighbour_with_the_secret_is_let_in_and_a_stranger_is_not(host: str |
     listener.close()
 
 
-def test_a_unix_socket_leaves_no_file_behind() -> None:
-    listener = Listener(None)
-    path = listener.address.path
-    assert path is not None
-    assert len(os.fsencode(path)) < 108
-    listener.close()
-    assert not Path(path).parent.exists()
-
-
 def test_nobody_comes() -> None:
     listener = Listener(None)
     with pytest.raises(PeerLostError, match="waiting for a neighbour"):
@@ -125,17 +114,6 @@ def test_closing_a_listener_ends_its_wait() -> None:
     waiting.join(timeout=10)
     assert not waiting.is_alive()
     assert len(failures) == 1
-
-
-def test_a_folder_too_long_for_a_unix_socket_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / ("long" * 30)
-    folder.mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(folder))
-    with pytest.raises(PeerLostError, match="TMPDIR"):
-        Listener(None)
-    assert list(folder.iterdir()) == []
 
 
 def test_a_stranger_cannot_make_the_listener_allocate() -> None:
