@@ -11,10 +11,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := $(BIN)/python -m pip install --quiet --quiet -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint setup clean
+.PHONY: help demo test lint sanitize setup clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s%s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s%s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.runtime  ## fetch the demo model, serve it over 2 stages, stream one answer
 	@$(BIN)/python -m serving.demo
@@ -27,25 +27,43 @@ lint: $(VENV)/.test  ## check style and types
 	@$(BIN)/python -m ruff format --check
 	@$(BIN)/python -m mypy
 
+# A build of its own beside the installed one. Exceptions need libstdc++ loaded when the sanitizer starts.
+SANITIZE := address,undefined,float-cast-overflow
+SANITIZE_CXXFLAGS := -O1 -fsanitize=$(SANITIZE) -fno-sanitize=null,object-size,vptr \
+    -fno-sanitize-recover=undefined,float-cast-overflow
+
+sanitize: $(VENV)/.test  ## run the kernels' tests under AddressSanitizer and UBSan (10 minutes)
+	@rm -rf build/sanitize
+	@LONGSPAN_CXXFLAGS='$(SANITIZE_CXXFLAGS)' $(BIN)/python setup.py --quiet build_ext \
+	    --build-lib build/sanitize --build-temp build/sanitize-temp
+	@LONGSPAN_CPU_MODULE="$$(ls build/sanitize/sharding/kernels/_cpu*.so)" \
+	    LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	    $(BIN)/python -m pytest --capture=sys tests/sharding/kernels
+
 setup: $(VENV)/.runtime  ## install Longspan into .venv
 
 clean:  ## remove .venv, build output and caches; models in the user's cache stay
-	@rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) build sharding/kernels/_cpu*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find actors serving sharding tests bench -name __pycache__ -prune -exec rm -rf {} +
 
+# By name: installing the project's extra would compile the kernels once more.
+TEST_PACKAGES = $(shell $(BIN)/python -c 'import tomllib; \
+    print(*map(repr, tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["test"]))')
+
 # The stamps are touched last, so that an interrupted installation is simply continued next time.
-$(VENV)/.runtime: pyproject.toml constraints.txt
+$(VENV)/.runtime: pyproject.toml constraints.txt setup.py $(wildcard sharding/kernels/csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	    echo "Longspan needs Python 3.11 or newer, and \`$(PYTHON)\` is not that:" \
 	        "install one and name it, as in \`make PYTHON=python3.11 $(MAKECMDGOALS)\`" >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { \
 	    echo "Python's venv module does not work here; on Debian and Ubuntu:" \
 	        "apt-get install python3-venv" >&2; exit 1; }
-	@echo "installing packages (first time: 1-2 minutes)" >&2
+	@echo "installing packages and compiling the CPU kernels (first time: 2-3 minutes)" >&2
 	@$(PIP) -e .
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.runtime
 	@echo "installing test packages (first time: about a minute)" >&2
-	@$(PIP) -e '.[test]'
+	@$(PIP) $(TEST_PACKAGES)
 	@touch $@

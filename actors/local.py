@@ -14,7 +14,6 @@ from actors.stats import StageStats
 from sharding.batch import PAGE_SLOTS
 from sharding.gguf.reader import GGUFFile
 from sharding.model_plan import ModelPlan
-from sharding.planner import Plan
 from sharding.stage_spec import StageSpec
 
 if TYPE_CHECKING:
@@ -24,12 +23,9 @@ if TYPE_CHECKING:
 class LocalStages:
     """A `StageSource` of in-process stages."""
 
-    def __init__(
-        self, model: Path | GGUFFile, plan: ModelPlan, kernels: str, max_waiting: int = 256
-    ) -> None:
+    def __init__(self, model: Path | GGUFFile, plan: ModelPlan, max_waiting: int = 256) -> None:
         self._model = model
         self._plan = plan
-        self._kernels = kernels
         self._max_waiting = max_waiting
         self._epoch = 0
         self.stages: list[Stage] = []
@@ -52,7 +48,7 @@ class LocalStages:
         # Here, so that whoever only needs a plan does not wait for torch.
         from sharding.stage import Stage
 
-        specs = stage_specs(str(file.paths[0]), self._plan.plan, self._kernels)
+        specs = stage_specs(str(file.paths[0]), self._plan)
         for number, spec in enumerate(specs):
 
             def share(done: float, number: int = number) -> None:
@@ -82,11 +78,11 @@ class LocalStages:
         self.stages.clear()
 
 
-def stage_specs(model: str, plan: Plan, kernels: str) -> list[StageSpec]:
+def stage_specs(model: str, planned: ModelPlan) -> list[StageSpec]:
     """One spec for each stage of a plan."""
-    pages = plan.kv_tokens // PAGE_SLOTS
+    plan, pages = planned.plan, planned.plan.kv_tokens // PAGE_SLOTS
     return [
-        StageSpec(model, stage.layers.start, stage.layers.stop, pages, kernels)
+        StageSpec(model, stage.layers.start, stage.layers.stop, pages, planned.kernels)
         for stage in plan.stages
     ]
 

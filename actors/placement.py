@@ -81,14 +81,16 @@ class RayStages:
         self._release()
         config = self._config
         report(0.0, f"placing {config.stages} stages")
-        self._cpus = config.threads or cpus_per_stage(_cpus_per_node(), config.stages)
+        share = cpus_per_stage(_cpus_per_node(), config.stages)
+        # More threads than cores is a choice, not a reservation that could find no place.
+        self._cpus = min(share, config.threads or share)
         self._group = _place(config.stages, self._cpus)
         self._check_open()
         self._actors = [self._start(stage) for stage in range(config.stages)]
         self._facts = _get([actor.facts.remote() for actor in self._actors], "asking the nodes")
         with GGUFFile.open(config.model) as file:
             self._plan = plan_model(file, devices_of(self._facts), config.wanted)
-        self._specs = stage_specs(str(config.model), self._plan.plan, config.wanted.kernels)
+        self._specs = stage_specs(str(config.model), self._plan)
         self._load(range(config.stages), report)
         return self._join(0)
 
@@ -111,7 +113,7 @@ class RayStages:
                 self._group, placement_group_bundle_index=stage
             ),
         )
-        return options.remote(stage, max(1, int(self._cpus)))
+        return options.remote(stage)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -119,7 +121,13 @@ class RayStages:
             raise UnavailableError("the engine is shutting down")
 
     def _load(self, stages: Sequence[int], report: Callable[[float, str], None]) -> None:
-        pending = [self._actors[stage].load.remote(self._specs[stage]) for stage in stages]
+        threads = self._config.threads
+        pending = [
+            self._actors[stage].load.remote(
+                self._specs[stage], threads or threads_of(self._facts, self._cpus, stage)
+            )
+            for stage in stages
+        ]
         loads = list(pending)
         while pending:
             self._check_open()
@@ -197,6 +205,16 @@ def cpus_per_stage(cpus_per_node: Sequence[int], stages: int) -> float:
         if sum(int(node / cpus) for node in cpus_per_node) >= stages:
             return cpus
     return 1 / stages
+
+
+def threads_of(facts: Sequence[NodeFacts], cpus: float, stage: int) -> int:
+    """Threads of a stage: the cores that the pipeline's stages on its node reserved, together.
+
+    One request has its stages work in turn, so each should have all of them then. When they work
+    at once, they share: a kernel never waits for a thread that found no core.
+    """
+    node = facts[stage].node_id
+    return max(1, int(cpus * sum(fact.node_id == node for fact in facts) + 1e-6))
 
 
 def devices_of(facts: Sequence[NodeFacts]) -> list[Device]:

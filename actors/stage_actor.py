@@ -20,7 +20,7 @@ from actors.stats import StageStats
 from actors.transport import Address, Edge, Listener, connect
 from sharding.errors import PipelineError, StageError
 from sharding.gguf.reader import GGUFFile
-from sharding.kernels.reference import use_threads
+from sharding.kernels import use_threads
 from sharding.memory import available_bytes
 from sharding.stage import Stage
 from sharding.stage_spec import StageSpec
@@ -49,10 +49,9 @@ class Joint:
 
 
 class StageActor:
-    """Stage number `number` of a pipeline; `threads` cores are its own."""
+    """Stage number `number` of a pipeline."""
 
-    def __init__(self, number: int, threads: int) -> None:
-        use_threads(threads)
+    def __init__(self, number: int) -> None:
         self._number = number
         self._progress = 0.0
         self._stage: Stage | None = None
@@ -65,8 +64,12 @@ class StageActor:
         context = ray.get_runtime_context()
         return NodeFacts(context.get_node_id(), ray.util.get_node_ip_address(), available_bytes())
 
-    def load(self, spec: StageSpec) -> None:
-        """Load the slice of the model. Raises `ModelFileError` (every node needs the file)."""
+    def load(self, spec: StageSpec, threads: int) -> None:
+        """Load the slice of the model and compute it on so many threads.
+
+        Raises `ModelFileError` (every node needs the file).
+        """
+        use_threads(threads, spec.kernels)
         with GGUFFile.open(spec.model) as file:
             self._stage = Stage(spec, file, self._report)
 

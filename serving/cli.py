@@ -25,7 +25,7 @@ from sharding.batch import SamplingParams
 from sharding.errors import ConfigError, DoesNotFitError, LongspanError
 from sharding.gguf.reader import GGUFFile
 from sharding.model.arch import read_shape
-from sharding.model_plan import Wanted, plan_model
+from sharding.model_plan import RESIDENT, Wanted, choose_kernels, plan_model
 from sharding.planner import Device, parse_bytes
 
 app = typer.Typer(
@@ -38,6 +38,7 @@ err = Console(stderr=True, highlight=False)
 Model = Annotated[str, typer.Argument(help="A .gguf file, the first of a split set, or `smollm2`.")]
 Stages = Annotated[int, typer.Option(min=1, help="Stages that the layers are divided over.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all cores.")]
+KernelSet = Annotated[str, typer.Option("--kernels", help="auto, cpu (compiled) or reference.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a line on stdout.")]
 KvDtype = Annotated[str, typer.Option(help="Type of the KV cache; fp16 is the only one yet.")]
 
@@ -117,6 +118,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
     context: Annotated[int | None, typer.Option(min=1, help="Most tokens in all.")] = None,
     threads: Threads = None,
+    kernels: KernelSet = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Continue a text with stages of this process."""
@@ -128,7 +130,8 @@ def generate(
     path = resolve_model(model, report=_say)
     _warn_untrained(path, context)
     sampling = SamplingParams(temperature=temperature, top_p=top_p, seed=seed)
-    with LocalModel(path, stages, Wanted(context), threads) as local:
+    wanted = Wanted(context, kernels=_known_kernels(kernels))
+    with LocalModel(path, stages, wanted, threads) as local:
         generation = Generation(local, text, max_tokens, sampling)
         for piece in generation.pieces():
             if not as_json:
@@ -152,6 +155,7 @@ def serve(
     model_name: Annotated[str | None, typer.Option(help="Name that clients ask for.")] = None,
     max_waiting: Annotated[int | None, typer.Option(help="Requests that may wait.")] = None,
     ingress_replicas: Annotated[int | None, typer.Option(help="HTTP processes.")] = None,
+    kernels: KernelSet = "auto",
     address: Annotated[str | None, typer.Option(help="Ray cluster; default: a local one.")] = None,
 ) -> None:
     """Serve a model over HTTP through stages on Ray, until interrupted."""
@@ -169,6 +173,7 @@ def serve(
         "model_name": model_name or (model if model in MODELS else None),
         "max_waiting": max_waiting,
         "ingress_replicas": ingress_replicas,
+        "kernels": _known_kernels(kernels),
         "address": address,
     }
     config = load_config({key: value for key, value in chosen.items() if value is not None})
@@ -185,6 +190,7 @@ def bench(
     runs: Annotated[int, typer.Option("-r", min=1, help="Runs of each row.")] = 3,
     stages: Stages = 1,
     threads: Threads = None,
+    kernels: KernelSet = "auto",
     kv_dtype: KvDtype = "fp16",
     as_json: AsJson = False,
 ) -> None:
@@ -196,12 +202,25 @@ def bench(
     cases = bench_cases(*(_numbers(text) for text in (prompt, tokens, depths)))
     path = resolve_model(model, report=_say)
     room = max(case.context for case in cases)
-    with LocalModel(path, stages, Wanted(room, room), threads) as local:
+    wanted = Wanted(room, room, _known_kernels(kernels))
+    with LocalModel(path, stages, wanted, threads) as local:
         if not as_json:
             typer.echo(bench_heading())
         bencher = Bencher(local.pipeline, local.vocab)
         for case in cases:
             typer.echo(bench_line(bencher.run(case, runs), local, as_json))
+
+
+def _known_kernels(name: str) -> str:
+    """The name, if it is one; says so where the fast kernels are missing."""
+    if name not in ("auto", *RESIDENT):
+        raise ConfigError(f"no kernel set {name!r}; there are: auto, {', '.join(RESIDENT)}")
+    if name == "auto" and choose_kernels(name) == "reference":
+        _say(
+            "warning: the CPU kernels were not built when Longspan was installed (no C++ "
+            "compiler?), so the reference kernels compute: many times slower, 4 bytes a weight"
+        )
+    return name
 
 
 def _warn_untrained(path: Path, context: int | None) -> None:

@@ -59,7 +59,7 @@ class ServeConfig(BaseModel):
         default=None,
         ge=1,
         le=1024,
-        description="CPU threads of each stage; default: the cores of a machine divided by "
+        description="CPU threads of each stage; default: the cores of a machine, shared by "
         "its stages",
     )
     max_waiting: int = Field(
@@ -68,8 +68,10 @@ class ServeConfig(BaseModel):
     ingress_replicas: int = Field(
         default=1, ge=1, le=256, description="Processes that speak HTTP and tokenise"
     )
-    kernels: Literal["reference"] = Field(
-        default="reference", description="Kernel set that computes the stages"
+    kernels: Literal["auto", "cpu", "reference"] = Field(
+        default="auto",
+        description="Kernel set that computes the stages: `cpu` is compiled, `reference` slow and "
+        "runs anywhere; `auto` takes the first that is built",
     )
     host: str = Field(
         default="127.0.0.1",

@@ -20,7 +20,7 @@ from sharding.batch import SamplingParams
 from sharding.errors import ConfigError, ContextLengthError, PipelineError, RequestError
 from sharding.gguf.reader import GGUFFile
 from sharding.gguf.tokenizer import Tokenizer
-from sharding.kernels.reference import use_threads
+from sharding.kernels import use_threads
 from sharding.memory import available_bytes
 from sharding.model.arch import read_shape
 from sharding.model_plan import Wanted, plan_model
@@ -35,19 +35,19 @@ class LocalModel:
     def __init__(self, path: Path, stages: int, wanted: Wanted, threads: int | None) -> None:
         self.path = path
         self.stages = stages
-        self.kernels = wanted.kernels
         cores = len(os.sched_getaffinity(0))
         if threads is not None and threads > cores:
             raise ConfigError(f"--threads {threads} exceeds the {cores} cores of this process")
-        self.threads = use_threads(threads or cores)
+        self.threads = threads or cores
         free = int(available_bytes() * _MEMORY_SHARE) // stages
         devices = [Device(f"cpu, part {number}", free) for number in range(stages)]
         with GGUFFile.open(path) as file:
             planned = plan_model(file, devices, wanted)
             self.vocab = read_shape(file.metadata).vocab
             self.tokenizer = Tokenizer.from_metadata(file.metadata)
-        self.context = planned.context
-        self._source = LocalStages(path, planned, wanted.kernels)
+        self.context, self.kernels = planned.context, planned.kernels
+        use_threads(self.threads, self.kernels)
+        self._source = LocalStages(path, planned)
         self.engine = Engine(self._source)
 
     @property

@@ -11,10 +11,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from sharding.errors import CorruptFileError
 from sharding.model.arch import ModelShape
+
+if TYPE_CHECKING:
+    from sharding.gguf.reader import TensorInfo
 
 FP32_BYTES = 4
 FP16_BYTES = 2
@@ -37,6 +40,13 @@ _BLOCK_TENSORS = (
 _EMBEDDING, _FINAL_NORM, _HEAD = "token_embd.weight", "output_norm.weight", "output.weight"
 
 
+PANEL_ROWS, CHUNK_COLUMNS = 16, 32
+"""The CPU kernels pad a matrix to whole panels of rows, and to whole chunks of columns."""
+
+_UNPACKED_SCALE_BYTES = {"Q3_K": 4, "Q4_K": 4, "Q5_K": 4, "IQ4_XS": 2}
+"""What a unit grows by because its 6-bit scales take a byte each (kernels/csrc/layout.h)."""
+
+
 class TensorSize(Protocol):
     """The part of `gguf.reader.TensorInfo` that costs depend on."""
 
@@ -52,6 +62,20 @@ class TensorSize(Protocol):
 def fp32_resident(info: TensorSize) -> int:
     """Bytes in memory under kernels that expand every weight to float32 (the reference)."""
     return FP32_BYTES * info.elements
+
+
+def packed_resident(info: TensorInfo) -> int:
+    """Bytes in memory under the CPU kernels: quantised as in the file, float32 if a vector."""
+    if len(info.shape) == 1:
+        return FP32_BYTES * info.elements
+    format = info.format
+    columns = max(CHUNK_COLUMNS, format.block_elements)
+    unit_bytes = columns // format.block_elements * format.block_bytes
+    unit_bytes += _UNPACKED_SCALE_BYTES.get(format.name, 0)
+    return -(-info.rows // PANEL_ROWS) * PANEL_ROWS * -(-info.cols // columns) * unit_bytes
+
+
+Size = TypeVar("Size", bound=TensorSize)
 
 
 @dataclass(frozen=True)
@@ -97,8 +121,8 @@ class ModelCosts:
 
 def model_costs(
     shape: ModelShape,
-    tensors: Mapping[str, TensorSize],
-    weight_bytes: Callable[[TensorSize], int],
+    tensors: Mapping[str, Size],
+    weight_bytes: Callable[[Size], int],
 ) -> ModelCosts:
     """Add up a file's tensor table. `weight_bytes` says what the kernels keep of one tensor.
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
-from sharding.cost import TensorSize, fp32_resident, model_costs
+from sharding.cost import fp32_resident, model_costs, packed_resident
 from sharding.errors import ConfigError
-from sharding.gguf.reader import GGUFFile
+from sharding.gguf.reader import GGUFFile, TensorInfo
 from sharding.model.arch import read_shape
 from sharding.planner import Device, Plan, largest_context, make_plan
 
@@ -19,18 +20,25 @@ CONTEXTS_HELD = 8
 """KV is reserved for up to so many full contexts, if memory allows: that many requests run at
 once."""
 
-RESIDENT: dict[str, Callable[[TensorSize], int]] = {"reference": fp32_resident}
+RESIDENT: dict[str, Callable[[TensorInfo], int]] = {
+    "cpu": packed_resident,
+    "reference": fp32_resident,
+}
 """What each kernel set keeps of a tensor. Here, not in the sets: planning must not import torch."""
 
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """A plan whose `plan.kv_tokens` serve requests of up to `context` tokens each."""
+    """A plan whose `plan.kv_tokens` serve requests of up to `context` tokens each.
+
+    `kernels`: the kernel set that it counts on, on every device.
+    """
 
     plan: Plan
     context: int
     max_context: int
     train_context: int
+    kernels: str
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,14 @@ class Wanted:
 
     context: int | None = None
     kv_tokens: int | None = None
-    kernels: str = "reference"
+    kernels: str = "auto"
+
+
+def choose_kernels(wanted: str) -> str:
+    """The kernel set for "auto": the compiled one, or the reference where it was not built."""
+    if wanted != "auto":
+        return wanted
+    return "cpu" if find_spec("sharding.kernels._cpu") else "reference"
 
 
 def plan_model(file: GGUFFile, devices: Sequence[Device], wanted: Wanted) -> ModelPlan:
@@ -50,7 +65,8 @@ def plan_model(file: GGUFFile, devices: Sequence[Device], wanted: Wanted) -> Mod
     would, `ModelFileError`.
     """
     shape = read_shape(file.metadata)
-    costs = model_costs(shape, file.tensors, RESIDENT[wanted.kernels])
+    kernels = choose_kernels(wanted.kernels)
+    costs = model_costs(shape, file.tensors, RESIDENT[kernels])
     largest = largest_context(costs, devices)
     context = wanted.context or max(1, min(shape.train_context, largest))
     kv_tokens = wanted.kv_tokens or max(context, min(largest, CONTEXTS_HELD * context))
@@ -60,4 +76,4 @@ def plan_model(file: GGUFFile, devices: Sequence[Device], wanted: Wanted) -> Mod
             "raise it or lower the context"
         )
     plan = make_plan(costs, devices, kv_tokens)
-    return ModelPlan(plan, context, largest, shape.train_context)
+    return ModelPlan(plan, context, largest, shape.train_context, kernels)

@@ -18,10 +18,10 @@ from sharding.batch import PAGE_SLOTS, Batch, Choice, Opened, Segment, SegmentRe
 from sharding.cost import LOGIT_ROWS
 from sharding.errors import StageError
 from sharding.gguf.reader import GGUFFile
-from sharding.kernels import Kernels, Weight, load_kernels
+from sharding.kernels import BlockWeights, Kernels, Weight, load_kernels
 from sharding.model.arch import read_shape
 from sharding.model.attention import build_index
-from sharding.model.block import Block, Decoder, load_block
+from sharding.model.block import load_block
 from sharding.model.kv_cache import PageStore
 from sharding.model.rope import frequencies
 from sharding.model.sampling import History, draw, score
@@ -38,10 +38,14 @@ from sharding.stage_spec import StageSpec
 
 @dataclass
 class _Open:
-    """A request on this stage; the last stage also has its sampling history."""
+    """A request on this stage; the last stage also has its sampling history.
+
+    `pages_exist`: whether every page of the table is one that this stage has.
+    """
 
     opened: Opened
     table: torch.Tensor
+    pages_exist: bool
     history: History | None = None
 
 
@@ -64,7 +68,6 @@ class Stage:
         self.shape = read_shape(file.metadata)
         check_tensors(file, self.shape)
         self.kernels: Kernels = load_kernels(spec.kernels)
-        self._decoder = Decoder(self.shape, self.kernels)
         factors = load_vector(file, ROPE_FACTORS) if ROPE_FACTORS in file.tensors else None
         self._freqs_R = frequencies(self.shape, factors)
         self._embedding = self.kernels.pack(file, [EMBEDDING]) if self.is_first else None
@@ -76,13 +79,16 @@ class Stage:
         self._pages = PageStore(
             len(self._blocks), spec.pages, self.shape.kv_heads, self.shape.head_dim
         )
+        self._layers = self.kernels.layers(self._blocks, self._pages.layers)
         self._open: dict[int, _Open] = {}
         report(1.0)
 
-    def _load_blocks(self, file: GGUFFile, report: Callable[[float], None]) -> Iterator[Block]:
+    def _load_blocks(
+        self, file: GGUFFile, report: Callable[[float], None]
+    ) -> Iterator[BlockWeights]:
         for layer in range(self.spec.start, self.spec.stop):
             report((layer - self.spec.start) / (self.spec.stop - self.spec.start))
-            yield load_block(file, layer, self.kernels)
+            yield load_block(file, layer, self.shape.norm_eps, self.kernels)
 
     @property
     def is_first(self) -> bool:
@@ -139,7 +145,11 @@ class Stage:
         for request in batch.closed:
             self._open.pop(request, None)
         for opened in batch.opened:
-            entry = _Open(opened, torch.tensor(opened.pages, dtype=torch.int64))
+            entry = _Open(
+                opened,
+                torch.tensor(opened.pages, dtype=torch.int64),
+                all(0 <= page < self.spec.pages for page in opened.pages),
+            )
             if self.is_last and opened.sampling.needs_history:
                 entry.history = History(self.shape.vocab)
             self._open[opened.request] = entry
@@ -156,9 +166,7 @@ class Stage:
         if hidden_TI is None or hidden_TI.shape != (batch.n_tokens, self.shape.hidden):
             got = None if hidden_TI is None else list(hidden_TI.shape)
             raise StageError(f"hidden states {got} for {batch.n_tokens} x {self.shape.hidden}")
-        for block, pages in zip(self._blocks, self._pages.layers, strict=True):
-            hidden_TI = self._decoder.run(block, hidden_TI, index, pages)
-        return hidden_TI
+        return self._layers.run(hidden_TI, index)
 
     @torch.inference_mode()
     def logits(self, hidden_TI: torch.Tensor) -> torch.Tensor:
@@ -174,6 +182,10 @@ class Stage:
             entry = self._open.get(segment.request)
             if entry is None:
                 raise StageError(f"request {segment.request} is not open on this stage")
+            if not entry.pages_exist:
+                raise StageError(
+                    f"request {segment.request}: a page outside [0, {self.spec.pages})"
+                )
             room, stop = len(entry.opened.pages) * PAGE_SLOTS, segment.start + len(segment.tokens)
             if stop > room:
                 raise StageError(f"request {segment.request}: position {stop} of {room} reserved")

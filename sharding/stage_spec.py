@@ -13,4 +13,4 @@ class StageSpec:
     start: int
     stop: int
     pages: int
-    kernels: str = "reference"
+    kernels: str

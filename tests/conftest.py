@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-import torch
 
 from serving.fetch import fetch
 from sharding.gguf.reader import GGUFFile
+from sharding.kernels import use_threads
 
 if TYPE_CHECKING:
     from tests.served import Served
@@ -18,9 +18,8 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
-    """Torch's threads spin when they share cores with Ray's processes; results must not need
-    them."""
-    torch.set_num_threads(1)
+    """Tests share cores with Ray's processes; results must not need threads."""
+    use_threads(1, "cpu")
 
 
 @pytest.fixture(scope="session")

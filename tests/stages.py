@@ -23,12 +23,12 @@ GREEDY = SamplingParams(temperature=0.0)
 _steps = count()
 
 
-def load_stages(file: GGUFFile, stages: int, pages: int = 64) -> list[Stage]:
+def load_stages(file: GGUFFile, stages: int, pages: int = 64, kernels: str = "cpu") -> list[Stage]:
     """The model in so many stages of about equally many layers."""
     layers = read_shape(file.metadata).layers
     borders = [layers * number // stages for number in range(stages + 1)]
     name = str(file.paths[0])
-    return [Stage(StageSpec(name, *border, pages), file) for border in pairwise(borders)]
+    return [Stage(StageSpec(name, *border, pages, kernels), file) for border in pairwise(borders)]
 
 
 def open_request(stages: Sequence[Stage], request: int, pages: Sequence[int]) -> None:
@@ -64,7 +64,7 @@ def local_engine(file: GGUFFile, stages: int = 2, context: int = 256, kv: int = 
     """A started engine over stages of this process."""
     devices = [Device(f"part {number}", 1 << 40) for number in range(stages)]
     planned = plan_model(file, devices, Wanted(context, kv))
-    engine = Engine(LocalStages(file, planned, "reference"))
+    engine = Engine(LocalStages(file, planned))
     engine.start()
     engine.wait_ready()
     return engine

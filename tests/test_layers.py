@@ -58,7 +58,12 @@ def _name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-PATHS = {_name(path): path for layer in LAYERS for path in (ROOT / layer).rglob("*.py")}
+PATHS = {
+    _name(path): path
+    for layer in LAYERS
+    for suffix in ("py", "pyi")  # a stub stands for a compiled module
+    for path in (ROOT / layer).rglob(f"*.{suffix}")
+}
 TREES = {name: ast.parse(path.read_text(), path) for name, path in PATHS.items()}
 
 

@@ -13,9 +13,12 @@ the logits. Nothing here may keep a request's state.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from sharding.errors import ConfigError
+
+KERNEL_SETS = ("cpu", "reference")
 
 if TYPE_CHECKING:
     import torch
@@ -41,8 +44,44 @@ class Weight(Protocol):
         """Resident bytes."""
 
 
+@dataclass(frozen=True)
+class BlockWeights:
+    """A decoder block's weights. Matrices with the same input are one: one pass reads them.
+
+    `window`: a token sees only so many slots, its own the last of them; 0 for all. `eps` is both
+    norms'.
+    """
+
+    attn_norm_I: torch.Tensor
+    qkv: Weight
+    attn_output: Weight
+    ffn_norm_I: torch.Tensor
+    gate_up: Weight
+    ffn_down: Weight
+    eps: float
+    window: int = 0
+
+    @property
+    def n_bytes(self) -> int:
+        """Resident bytes."""
+        matrices = (self.qkv, self.attn_output, self.gate_up, self.ffn_down)
+        norms = self.attn_norm_I.nbytes + self.ffn_norm_I.nbytes
+        return norms + sum(weight.n_bytes for weight in matrices)
+
+
+class Layers(Protocol):
+    """Decoder blocks bound to a kernel set and to their pages."""
+
+    def run(self, x_TI: torch.Tensor, index: BatchIndex) -> torch.Tensor:
+        """Hidden states `[T, I]` after all blocks; writes the batch's keys and values.
+
+        Of each block: `x += attention(rms_norm(x) @ qkv.T) @ attn_output.T`, then
+        `x += gated_silu(rms_norm(x) @ gate_up.T) @ ffn_down.T`.
+        """
+
+
 class Kernels(Protocol):
-    """One kernel set. Every method is a pure function but `write_kv`."""
+    """One kernel set. Every method is a pure function but `rotate_and_store`."""
 
     name: str
 
@@ -55,35 +94,62 @@ class Kernels(Protocol):
     def embed(self, weight: Weight, ids_T: torch.Tensor) -> torch.Tensor:
         """Rows `ids_T` (int64) of the weight, `[T, I]`."""
 
-    def matmul(self, x_TI: torch.Tensor, weight: Weight) -> torch.Tensor:
-        """`x @ weight.T`, `[T, O]`."""
+    def matmul(
+        self, x_TI: torch.Tensor, weight: Weight, residual_TO: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`residual + x @ weight.T`, `[T, O]`; the residual is added last."""
 
     def rms_norm(self, x_TI: torch.Tensor, scale_I: torch.Tensor, eps: float) -> torch.Tensor:
         """`x / sqrt(mean(x^2) + eps) * scale`, row by row (Zhang and Sennrich, 2019)."""
 
-    def rotate(self, x_THD: torch.Tensor, index: BatchIndex) -> torch.Tensor:
-        """Rotary embedding of the first 2R elements of each head by `index.cos_TR` and `sin_TR`."""
+    def rotate_and_store(
+        self, qkv_TX: torch.Tensor, index: BatchIndex, pages: LayerPages
+    ) -> torch.Tensor:
+        """Split `[T, (H + 2G) * D]`; return the turned queries `[T, H * D]`, store keys and values.
 
-    def write_kv(
-        self, k_TGD: torch.Tensor, v_TGD: torch.Tensor, index: BatchIndex, pages: LayerPages
-    ) -> None:
-        """Store keys and values as FP16 at each token's page and slot."""
+        The first 2R elements of each query and key head turn by `index.cos_TR` and `sin_TR`; keys
+        and values go to each token's page and slot as FP16.
+        """
 
-    def attention(self, q_THD: torch.Tensor, index: BatchIndex, pages: LayerPages) -> torch.Tensor:
+    def attention(
+        self, q_TX: torch.Tensor, index: BatchIndex, pages: LayerPages, window: int = 0
+    ) -> torch.Tensor:
         """Causal attention of each token over its request's slots so far, `[T, H * D]`.
 
-        Scores are scaled by `1/sqrt(D)`; the batch's own keys and values are written already.
+        Scores are scaled by `1/sqrt(D)`; the batch's own keys and values are stored already. With a
+        `window` a token sees only so many slots, its own the last of them.
         """
 
     def gated_silu(self, gate_up_T2F: torch.Tensor) -> torch.Tensor:
         """`silu(gate) * up`, `[T, F]` (Shazeer 2020, SwiGLU)."""
 
+    def layers(self, weights: Sequence[BlockWeights], pages: Sequence[LayerPages]) -> Layers:
+        """Blocks with their pages, ready to run one after the other."""
+
 
 def load_kernels(name: str) -> Kernels:
-    """The kernel set of that name. Raises `ConfigError` for an unknown one."""
-    from sharding.kernels.reference import ReferenceKernels
+    """The kernel set of that name. Raises `ConfigError` for one that is unknown or not built."""
+    if name == "cpu":
+        from sharding.kernels.cpu import CPUKernels
 
-    sets = {"reference": ReferenceKernels}
-    if name not in sets:
-        raise ConfigError(f"no kernel set {name!r}; there are: {', '.join(sets)}")
-    return sets[name]()
+        return CPUKernels()
+    if name == "reference":
+        from sharding.kernels.reference import ReferenceKernels
+
+        return ReferenceKernels()
+    raise ConfigError(f"no kernel set {name!r}; there are: {', '.join(KERNEL_SETS)}")
+
+
+def use_threads(threads: int, kernels: str) -> None:
+    """Compute on so many cores of this process with that kernel set.
+
+    The compiled kernels have threads of their own; torch's would only spin beside them.
+    """
+    import torch
+
+    if kernels == "cpu":
+        from sharding.kernels.cpu import use_threads as use_own_threads
+
+        use_own_threads(threads)
+        threads = 1
+    torch.set_num_threads(threads)

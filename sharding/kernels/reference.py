@@ -20,10 +20,11 @@ import torch
 from torch.nn.functional import silu
 
 from sharding.gguf.quants import dequantise
+from sharding.kernels.composed import ComposedLayers
 
 if TYPE_CHECKING:
     from sharding.gguf.reader import GGUFFile
-    from sharding.kernels import Weight
+    from sharding.kernels import BlockWeights, Weight
     from sharding.model.attention import BatchIndex, Rows
     from sharding.model.kv_cache import LayerPages
 
@@ -80,7 +81,9 @@ class ReferenceKernels:
         """Row lookup."""
         return _matrix(weight)[ids_T]
 
-    def matmul(self, x_TI: torch.Tensor, weight: Weight) -> torch.Tensor:
+    def matmul(
+        self, x_TI: torch.Tensor, weight: Weight, residual_TO: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Torch's GEMM, tile by tile."""
         matrix_IO = _matrix(weight).t()
         padded = _pad_rows(x_TI, ROW_TILE)
@@ -88,39 +91,55 @@ class ReferenceKernels:
         for first in range(0, len(padded), ROW_TILE):
             tile = slice(first, first + ROW_TILE)
             torch.mm(padded[tile], matrix_IO, out=product[tile])
-        return product[: len(x_TI)]
+        y_TO = product[: len(x_TI)]
+        return y_TO if residual_TO is None else residual_TO + y_TO
 
     def rms_norm(self, x_TI: torch.Tensor, scale_I: torch.Tensor, eps: float) -> torch.Tensor:
         """The mean square is a float32 reduction over one row."""
         return x_TI * torch.rsqrt(x_TI.square().mean(-1, keepdim=True) + eps) * scale_I
 
-    def rotate(self, x_THD: torch.Tensor, index: BatchIndex) -> torch.Tensor:
-        """Views the rotating elements as pairs, whichever of them belong together."""
-        pairs = index.cos_TR.shape[1]
-        cos, sin = index.cos_TR[:, None, :], index.sin_TR[:, None, :]
-        head = x_THD[..., : 2 * pairs].unflatten(-1, index.pair_shape)
-        a, b = head.unbind(index.pair_axis)
-        turned = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=index.pair_axis)
-        return torch.cat((turned.flatten(-2), x_THD[..., 2 * pairs :]), dim=-1)
-
-    def write_kv(
-        self, k_TGD: torch.Tensor, v_TGD: torch.Tensor, index: BatchIndex, pages: LayerPages
-    ) -> None:
-        """Scatter by (page, slot)."""
-        pages.k_PGDS[index.page_T, :, :, index.slot_T] = k_TGD.half()
+    def rotate_and_store(
+        self, qkv_TX: torch.Tensor, index: BatchIndex, pages: LayerPages
+    ) -> torch.Tensor:
+        """Rotate queries and keys, scatter by (page, slot)."""
+        qkv_THD = qkv_TX.unflatten(1, (-1, pages.head_dim))
+        groups = pages.kv_heads
+        q_THD, k_TGD, v_TGD = qkv_THD.split([qkv_THD.shape[1] - 2 * groups, groups, groups], dim=1)
+        pages.k_PGDS[index.page_T, :, :, index.slot_T] = _rotate(k_TGD, index).half()
         pages.v_PGSD[index.page_T, :, index.slot_T] = v_TGD.half()
+        return _rotate(q_THD, index).flatten(1)
 
-    def attention(self, q_THD: torch.Tensor, index: BatchIndex, pages: LayerPages) -> torch.Tensor:
+    def attention(
+        self, q_TX: torch.Tensor, index: BatchIndex, pages: LayerPages, window: int = 0
+    ) -> torch.Tensor:
         """Segment by segment: a request never sees another's slots."""
+        q_THD = q_TX.unflatten(1, (-1, pages.head_dim))
         attended = torch.empty_like(q_THD)
         for rows in index.rows:
-            attended[rows.first : rows.stop] = _attend(q_THD[rows.first : rows.stop], rows, pages)
+            part = slice(rows.first, rows.stop)
+            attended[part] = _attend(q_THD[part], rows, pages, window)
         return attended.flatten(1)
 
     def gated_silu(self, gate_up_T2F: torch.Tensor) -> torch.Tensor:
         """The first half of the columns is the gate."""
         gate, up = gate_up_T2F.chunk(2, dim=-1)
         return silu(gate) * up
+
+    def layers(
+        self, weights: Sequence[BlockWeights], pages: Sequence[LayerPages]
+    ) -> ComposedLayers:
+        """Step by step."""
+        return ComposedLayers(self, weights, pages)
+
+
+def _rotate(x_THD: torch.Tensor, index: BatchIndex) -> torch.Tensor:
+    """Views the rotating elements as pairs, whichever of them belong together."""
+    pairs = index.cos_TR.shape[1]
+    cos, sin = index.cos_TR[:, None, :], index.sin_TR[:, None, :]
+    head = x_THD[..., : 2 * pairs].unflatten(-1, index.pair_shape)
+    a, b = head.unbind(index.pair_axis)
+    turned = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=index.pair_axis)
+    return torch.cat((turned.flatten(-2), x_THD[..., 2 * pairs :]), dim=-1)
 
 
 def _pad_rows(x: torch.Tensor, tile: int) -> torch.Tensor:
@@ -129,7 +148,7 @@ def _pad_rows(x: torch.Tensor, tile: int) -> torch.Tensor:
     return torch.cat((x, x.new_zeros(missing, *x.shape[1:]))) if missing else x.contiguous()
 
 
-def _attend(q_THD: torch.Tensor, rows: Rows, pages: LayerPages) -> torch.Tensor:
+def _attend(q_THD: torch.Tensor, rows: Rows, pages: LayerPages, window: int) -> torch.Tensor:
     """One segment's attention, tile by tile; the heads that share a kv head read it once."""
     tokens, heads, dim = q_THD.shape
     shared = heads // pages.kv_heads
@@ -140,39 +159,43 @@ def _attend(q_THD: torch.Tensor, rows: Rows, pages: LayerPages) -> torch.Tensor:
         tile = slice(first, first + QUERY_TILE)
         # [T, G * shared, D] -> [G, T * shared, D]
         q_GtD = padded[tile].unflatten(1, (-1, shared)).transpose(0, 1).flatten(1, 2)
-        seen_T = (torch.arange(first, first + QUERY_TILE) + rows.position).clamp(max=stop - 1)
-        mixed_GtD = _attend_tile(q_GtD, seen_T.repeat_interleave(shared), rows.pages, pages)
+        last_T = (torch.arange(first, first + QUERY_TILE) + rows.position).clamp(max=stop - 1)
+        last_t = last_T.repeat_interleave(shared)
+        first_t = (last_t - window + 1).clamp(min=0) if window else torch.zeros_like(last_t)
+        seen = (first_t[:, None], last_t[:, None])
+        mixed_GtD = _attend_tile(q_GtD, seen, rows.pages, pages)
         attended[tile] = mixed_GtD.unflatten(1, (-1, shared)).transpose(0, 1).flatten(1, 2)
     return attended[:tokens]
 
 
 def _attend_tile(
-    q_GtD: torch.Tensor, seen_t: torch.Tensor, table: torch.Tensor, pages: LayerPages
+    q_GtD: torch.Tensor,
+    seen: tuple[torch.Tensor, torch.Tensor],
+    table: torch.Tensor,
+    pages: LayerPages,
 ) -> torch.Tensor:
-    """Queries over slots up to `seen_t` (included), block by block with an online softmax.
+    """Queries over the slots from the first to the last that each sees (`seen`, both included),
+    block by block with an online softmax.
 
     A block that a query does not see changes nothing for it, bit for bit: weights of 0, a factor of
     1. Milakov and Gimelshein, 2018.
     """
-    length = int(seen_t[-1]) + 1
+    first_t1, last_t1 = seen
+    length = int(last_t1[-1]) + 1
     most = torch.full((*q_GtD.shape[:2], 1), -torch.inf)
     total = torch.zeros_like(most)
     mixed = torch.zeros_like(q_GtD)
-    for start in range(0, length, KV_BLOCK):
+    for start in range(int(first_t1[0]) // KV_BLOCK * KV_BLOCK, length, KV_BLOCK):
         k_GDN, v_GND = pages.gather(table, start, KV_BLOCK, length)
-        scores = q_GtD @ k_GDN
-        scores.masked_fill_(torch.arange(start, start + KV_BLOCK) > seen_t[:, None], -torch.inf)
-        # Slot 0 is seen by everybody, so the maximum is finite from the first block on.
+        slots = torch.arange(start, start + KV_BLOCK)
+        hidden_tN = (slots > last_t1) | (slots < first_t1)
+        scores = (q_GtD @ k_GDN).masked_fill_(hidden_tN, -torch.inf)
         higher = torch.maximum(most, scores.amax(-1, keepdim=True))
-        weights = torch.exp(scores - higher)
-        shrink = torch.exp(most - higher)
+        # A query that has seen nothing yet has no maximum to subtract.
+        shift = higher.masked_fill(hidden_tN.all(-1, keepdim=True) & (total == 0), 0.0)
+        weights = torch.exp(scores - shift)
+        shrink = torch.exp(most - shift)
         total = total * shrink + weights.sum(-1, keepdim=True)
         mixed = mixed * shrink + weights @ v_GND
         most = higher
     return mixed / total
-
-
-def use_threads(threads: int) -> int:
-    """Compute on so many cores of this process; says how many they are."""
-    torch.set_num_threads(threads)
-    return torch.get_num_threads()

@@ -29,9 +29,15 @@ class Rows:
 
 @dataclass(frozen=True)
 class BatchIndex:
-    """Where each token's KV goes (page, slot), its angles, which elements rotate together."""
+    """Where each token's KV goes (page, slot), its angles, which elements rotate together.
+
+    `spans_N4`: the segments once more for compiled kernels, int64 (first row, stop row, position,
+    where its page table begins in `tables`).
+    """
 
     rows: tuple[Rows, ...]
+    spans_N4: torch.Tensor
+    tables: torch.Tensor
     page_T: torch.Tensor
     slot_T: torch.Tensor
     cos_TR: torch.Tensor
@@ -48,20 +54,27 @@ def build_index(
 ) -> BatchIndex:
     """Lay a batch's segments out as rows; `tables` maps a request to its page table (int64)."""
     rows: list[Rows] = []
-    positions, pages = [], []
-    first = 0
+    spans: list[tuple[int, int, int, int]] = []
+    positions: list[int] = []
+    entries: list[int] = []
+    first = before = 0
     for segment in segments:
-        table, tokens = tables[segment.request], len(segment.tokens)
-        rows.append(Rows(first, first + tokens, segment.start, table))
-        positions.append(torch.arange(segment.start, segment.start + tokens))
-        pages.append(table[positions[-1] // PAGE_SLOTS])
-        first += tokens
-    positions_T = torch.cat(positions)
+        table, stop = tables[segment.request], first + len(segment.tokens)
+        rows.append(Rows(first, stop, segment.start, table))
+        spans.append((first, stop, segment.start, before))
+        run = range(segment.start, segment.start + len(segment.tokens))
+        positions.extend(run)
+        entries.extend(before + position // PAGE_SLOTS for position in run)
+        first, before = stop, before + len(table)
+    positions_T = torch.tensor(positions)
+    flat = torch.cat([at.pages for at in rows])
     cos_TR, sin_TR = angles(positions_T, freqs_R)
     pair_shape, pair_axis = pair_view(shape.family.rope_pairs, shape.rope_dims)
     return BatchIndex(
         rows=tuple(rows),
-        page_T=torch.cat(pages),
+        spans_N4=torch.tensor(spans),
+        tables=flat,
+        page_T=flat[torch.tensor(entries)],
         slot_T=positions_T % PAGE_SLOTS,
         cos_TR=cos_TR,
         sin_TR=sin_TR,

@@ -28,6 +28,11 @@ class LayerPages:
         """G."""
         return self.k_PGDS.shape[1]
 
+    @property
+    def head_dim(self) -> int:
+        """D."""
+        return self.k_PGDS.shape[2]
+
     def gather(
         self, table: torch.Tensor, start: int, slots: int, length: int
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -67,6 +67,8 @@ def draw(
     Raises `StageError` if a logit is NaN or +inf, or if no token is left to draw.
     """
     _check(logits_V, f"position {position}")
+    if params.temperature == 0.0 and params.logprobs is None and not _adjusts(params, drawn):
+        return Choice(int(logits_V.argmax()))  # nothing of the below would move the maximum
     adjusted_V = _adjust(logits_V, params, drawn, history)
     best = float(adjusted_V.max())
     if best == -math.inf:
@@ -130,6 +132,12 @@ def _check(logits: Tensor, where: str) -> None:
             "the model's weights or a kernel are broken"
         )
     raise StageError(f"{where}: all {logits.shape[-1]} logits are -inf")
+
+
+def _adjusts(params: SamplingParams, drawn: int) -> bool:
+    """Whether `_adjust` changes any logit."""
+    banned = drawn < params.min_tokens and bool(params.stop_ids)
+    return bool(params.logit_bias) or params.needs_history or banned
 
 
 def _adjust(

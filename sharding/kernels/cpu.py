@@ -1,0 +1,210 @@
+"""The compiled kernels for CPUs: quantised weights repacked once, C++ for AVX-512, AVX2 or any
+processor.
+
+Not here: the arithmetic (`csrc/`, bounds in docs/numerics.md). This file checks what the C++ trusts
+and passes addresses. Weights stay quantised: 2% more bytes than the file has, at most 4%.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from sharding.batch import PAGE_SLOTS
+from sharding.errors import ConfigError, UnsupportedModelError
+
+try:
+    from sharding.kernels import _cpu
+except ImportError as missing:
+    raise ConfigError(
+        f"the compiled CPU kernels are not installed here ({missing}); install Longspan where a "
+        "C++ compiler is, or choose --kernels reference"
+    ) from missing
+
+if TYPE_CHECKING:
+    from sharding.gguf.reader import GGUFFile
+    from sharding.kernels import BlockWeights, Weight
+    from sharding.model.attention import BatchIndex
+    from sharding.model.kv_cache import LayerPages
+
+INSTRUCTION_SETS: tuple[str, ...] = tuple(_cpu.instruction_sets())
+"""What this processor runs, fastest first; `portable` is always among them."""
+
+
+class CPUKernels:
+    """See the contract in `sharding/kernels/__init__.py`.
+
+    `instruction_set` is one of `INSTRUCTION_SETS`; all of them read the same packed weights.
+    """
+
+    name = "cpu"
+
+    def __init__(self, instruction_set: str = INSTRUCTION_SETS[0]) -> None:
+        self.instruction_set = instruction_set
+        self._native = _cpu.Kernels(instruction_set)
+
+    def pack(self, file: GGUFFile, names: Sequence[str]) -> Weight:
+        """Repack straight from the mapped file, panel by panel on all threads."""
+        infos = [file.tensors[name] for name in names]
+        for info in infos:
+            if not info.format.computed:
+                raise UnsupportedModelError(
+                    f"tensor {info.name} has quantisation {info.format.name}, which is not computed"
+                )
+        weight = _cpu.Weight(infos[0].cols)
+        for info in infos:
+            raw = file.raw(info.name)
+            assert raw.flags.c_contiguous and len(raw) == info.rows, info.name
+            weight.append(info.format.type_id, info.rows, raw.ctypes.data, raw.shape[1])
+        return weight
+
+    def embed(self, weight: Weight, ids_T: torch.Tensor) -> torch.Tensor:
+        """One row of the packed panel that holds it. Raises `IndexError` for a row there is not."""
+        if len(ids_T) and not 0 <= int(ids_T.min()) <= int(ids_T.max()) < weight.rows:
+            raise IndexError(f"a row outside [0, {weight.rows})")
+        y_TI = torch.empty(len(ids_T), weight.cols)
+        self._native.embed(_own(weight), ids_T.data_ptr(), len(ids_T), y_TI.data_ptr())
+        return y_TI
+
+    def matmul(
+        self, x_TI: torch.Tensor, weight: Weight, residual_TO: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Every output is reduced column by column, whatever T is."""
+        tokens, cols = x_TI.shape
+        assert cols == weight.cols, (cols, weight.cols)
+        y_TO = torch.empty(tokens, weight.rows)
+        residual = 0
+        if residual_TO is not None:
+            assert residual_TO.shape == y_TO.shape, residual_TO.shape
+            residual = _address(residual_TO)
+        self._native.matmul(_address(x_TI), tokens, _own(weight), residual, y_TO.data_ptr())
+        return y_TO
+
+    def rms_norm(self, x_TI: torch.Tensor, scale_I: torch.Tensor, eps: float) -> torch.Tensor:
+        """Sixteen running sums of squares, added up in a fixed tree."""
+        tokens, width = x_TI.shape
+        assert len(scale_I) == width, scale_I.shape
+        y_TI = torch.empty(tokens, width)
+        scale = _address(scale_I)
+        self._native.rms_norm(_address(x_TI), tokens, width, scale, eps, y_TI.data_ptr())
+        return y_TI
+
+    def rotate_and_store(
+        self, qkv_TX: torch.Tensor, index: BatchIndex, pages: LayerPages
+    ) -> torch.Tensor:
+        """Pages are written in place."""
+        tokens, width = qkv_TX.shape
+        heads = width // pages.head_dim - 2 * pages.kv_heads
+        assert width % pages.head_dim == 0 and tokens == len(index.page_T), qkv_TX.shape
+        assert 2 * index.cos_TR.shape[1] <= pages.head_dim, index.cos_TR.shape
+        q_TX = torch.empty(tokens, heads * pages.head_dim)
+        batch, native = _native_batch(index), _native_pages(heads, pages)
+        self._native.rotate_and_store(_address(qkv_TX), batch, native, q_TX.data_ptr())
+        return q_TX
+
+    def attention(
+        self, q_TX: torch.Tensor, index: BatchIndex, pages: LayerPages, window: int = 0
+    ) -> torch.Tensor:
+        """Blocks of 256 slots, merged in order."""
+        tokens, width = q_TX.shape
+        heads = width // pages.head_dim
+        assert heads * pages.head_dim == width and tokens == len(index.page_T), q_TX.shape
+        y_TX = torch.empty(tokens, width)
+        batch, native = _native_batch(index), _native_pages(heads, pages)
+        self._native.attention(_address(q_TX), batch, native, window, y_TX.data_ptr())
+        return y_TX
+
+    def gated_silu(self, gate_up_T2F: torch.Tensor) -> torch.Tensor:
+        """The first half of the columns is the gate."""
+        tokens, width = gate_up_T2F.shape
+        y_TF = torch.empty(tokens, width // 2)
+        self._native.gated_silu(_address(gate_up_T2F), tokens, width // 2, y_TF.data_ptr())
+        return y_TF
+
+    def layers(self, weights: Sequence[BlockWeights], pages: Sequence[LayerPages]) -> CPULayers:
+        """One call for all blocks."""
+        return CPULayers(self, weights, pages)
+
+
+class CPULayers:
+    """`Layers` that run in one call."""
+
+    def __init__(
+        self, kernels: CPUKernels, weights: Sequence[BlockWeights], pages: Sequence[LayerPages]
+    ) -> None:
+        self._kernels = kernels._native
+        # The C++ keeps addresses; these keep what lies there.
+        self._kept = tuple(weights), tuple(pages)
+        self._hidden = weights[0].qkv.cols
+        self._layers = _cpu.Layers()
+        for block, held in zip(weights, pages, strict=True):
+            self._append(block, held)
+
+    def _append(self, block: BlockWeights, pages: LayerPages) -> None:
+        hidden, heads = self._hidden, block.attn_output.cols // pages.head_dim
+        assert block.qkv.cols == block.attn_output.rows == hidden, block.qkv.cols
+        assert block.gate_up.cols == block.ffn_down.rows == hidden, block.gate_up.cols
+        assert block.qkv.rows == (heads + 2 * pages.kv_heads) * pages.head_dim, block.qkv.rows
+        assert block.gate_up.rows == 2 * block.ffn_down.cols, block.gate_up.rows
+        assert len(block.attn_norm_I) == len(block.ffn_norm_I) == hidden
+        self._layers.append(
+            _address(block.attn_norm_I),
+            _own(block.qkv),
+            _own(block.attn_output),
+            _address(block.ffn_norm_I),
+            _own(block.gate_up),
+            _own(block.ffn_down),
+            _native_pages(heads, pages),
+            block.window,
+            block.eps,
+        )
+
+    def run(self, x_TI: torch.Tensor, index: BatchIndex) -> torch.Tensor:
+        """See `Layers.run`."""
+        assert x_TI.shape == (len(index.page_T), self._hidden), x_TI.shape
+        assert 2 * index.cos_TR.shape[1] <= self._kept[1][0].head_dim, index.cos_TR.shape
+        y_TI = torch.empty_like(x_TI)
+        self._kernels.run_layers(
+            self._layers, _address(x_TI), _native_batch(index), y_TI.data_ptr()
+        )
+        return y_TI
+
+
+def _native_pages(heads: int, pages: LayerPages) -> _cpu.Pages:
+    keys, values = pages.k_PGDS, pages.v_PGSD
+    assert keys.dtype == values.dtype == torch.float16 and keys.shape[3] == PAGE_SLOTS
+    assert keys.is_contiguous() and values.is_contiguous() and heads % pages.kv_heads == 0
+    return _cpu.Pages(heads, pages.kv_heads, pages.head_dim, keys.data_ptr(), values.data_ptr())
+
+
+def _native_batch(index: BatchIndex) -> _cpu.Batch:
+    tokens, pairs = index.cos_TR.shape
+    sizes = [tokens, pairs, index.pair_axis == -1, len(index.spans_N4)]
+    assert index.sin_TR.shape == index.cos_TR.shape and len(index.page_T) == tokens, sizes
+    return _cpu.Batch(
+        sizes,
+        _address(index.cos_TR),
+        _address(index.sin_TR),
+        index.page_T.data_ptr(),
+        index.slot_T.data_ptr(),
+        index.spans_N4.data_ptr(),
+        index.tables.data_ptr(),
+    )
+
+
+def _address(x: torch.Tensor) -> int:
+    assert x.dtype == torch.float32 and x.is_contiguous(), (x.dtype, x.stride())
+    return x.data_ptr()
+
+
+def _own(weight: Weight) -> _cpu.Weight:
+    assert isinstance(weight, _cpu.Weight), "a weight of another kernel set"
+    return weight
+
+
+def use_threads(threads: int) -> None:
+    """Compute on so many threads of this process, at least one. Not while a kernel runs."""
+    assert threads >= 1, threads
+    _cpu.use_threads(threads)

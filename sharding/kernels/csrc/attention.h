@@ -1,0 +1,422 @@
+// Causal attention over paged FP16 keys and values. Included inside the namespace of an instruction
+// set.
+//
+// Slots are taken in blocks of 256, counted from the request's first token. A query's part in a
+// block is its own softmax: scores (each a sum over the head's elements, in order), their maximum
+// m, weights e^(s - m), their sum l, and the mix of values (slot after slot). Blocks are then
+// merged one after the other (Milakov and Gimelshein 2018; Dao et al. 2022). A part depends on
+// nothing but the query and the block's slots that it sees: not on the chunk that the query came
+// in, nor on who computes it. One token's blocks are spread over the threads and merged in order; a
+// prompt's are merged as they come.
+//
+// Rows are the queries that share a kv head: token after token, within a token head after head.
+
+constexpr int BLOCK_SLOTS = 256;
+constexpr int PAGE = 16;
+constexpr int BLOCK_PAGES = BLOCK_SLOTS / PAGE;
+constexpr int ROW_TILE = TILE_TOKENS;
+constexpr int ROWS_A_TASK = 48;  // queries that meet a block once it is expanded to float32
+
+// A softmax over some slots: the largest score, and the sum of e^(score - largest).
+struct Partial {
+    float most, total;
+};
+
+// y[t][p] = sum over k of x[t * t_step + k * k_step] * w[k][p]; one chain each, k after k. Halves
+// are read from memory: `ahead` is what will be read next, in the same steps.
+template <int ROWS, int PANELS, bool HALF>
+inline void products(const float* x, int t_step, int k_step, const void* const (&w)[PANELS],
+                     const uint16_t* const (&ahead)[PANELS], int w_step, int n,
+                     V (&y)[ROWS][PANELS]) {
+    for (int t = 0; t < ROWS; ++t)
+        for (int p = 0; p < PANELS; ++p) y[t][p] = zero();
+    for (int k = 0; k < n; ++k) {
+        V a[PANELS];
+        for (int p = 0; p < PANELS; ++p) {
+            if constexpr (HALF) a[p] = load_f16(static_cast<const uint16_t*>(w[p]) + k * w_step);
+            else a[p] = load(static_cast<const float*>(w[p]) + k * w_step);
+        }
+        // Pages lie apart, so the hardware does not see what comes.
+        if constexpr (HALF)
+            for (int p = 0; p < PANELS; ++p) __builtin_prefetch(ahead[p] + k * w_step);
+        for (int t = 0; t < ROWS; ++t) {
+            const V b = splat(x[t * t_step + k * k_step]);
+            for (int p = 0; p < PANELS; ++p) y[t][p] = fma(a[p], b, y[t][p]);
+        }
+    }
+}
+
+// Panels at a time for so many rows: as many sums as registers hold.
+constexpr int panels_for(int rows) {
+    constexpr int sums = TILE_TOKENS * TILE_PANELS;
+    return rows * 4 <= sums ? 4 : rows * 2 <= sums ? 2 : 1;
+}
+
+// The slots of one block of one kv head: as halves in their pages, or expanded once for many rows.
+struct Block {
+    int start, slots;  // first slot, and how many are written
+    const uint16_t *keys[BLOCK_PAGES], *values[BLOCK_PAGES];
+    const uint16_t* next_keys[BLOCK_PAGES];  // of the block that this thread will likely take next
+    const float *wide_keys, *wide_values;    // [page][dim][16] and [slot][padded dim], or null
+    int dim, padded;
+    bool finite;  // whether all values are: 0 * infinity would not be 0
+};
+
+// A tile of up to ROW_TILE rows: queries [dim][ROWS], scaled; the last slot that each row sees, and
+// the first.
+struct Queries {
+    const float* x;
+    int last[ROW_TILE], from[ROW_TILE];
+    int rows;
+};
+
+template <int ROWS>
+inline void block_scores(const Block& block, const Queries& q, int pages, float* scores) {
+    constexpr int wide = panels_for(ROWS);
+    const auto some = [&]<int PANELS>(int page) {
+        const void* at[PANELS];
+        const uint16_t* values[PANELS];
+        for (int p = 0; p < PANELS; ++p) values[p] = block.values[page + p];
+        V y[ROWS][PANELS];
+        if (block.wide_keys) {
+            for (int p = 0; p < PANELS; ++p)
+                at[p] = block.wide_keys + (page + p) * block.dim * PAGE;
+            products<ROWS, PANELS, false>(q.x, 1, ROWS, at, values, PAGE, block.dim, y);
+        } else {
+            for (int p = 0; p < PANELS; ++p) at[p] = block.keys[page + p];
+            products<ROWS, PANELS, true>(q.x, 1, ROWS, at, values, PAGE, block.dim, y);
+        }
+        for (int t = 0; t < ROWS; ++t)
+            for (int p = 0; p < PANELS; ++p)
+                store(scores + t * BLOCK_SLOTS + (page + p) * PAGE, y[t][p]);
+    };
+    int page = 0;
+    for (; page + wide <= pages; page += wide) some.template operator()<wide>(page);
+    for (; page < pages; ++page) some.template operator()<1>(page);
+}
+
+// Turns a row's scores of `pages` pages into weights; slots outside [from, last] weigh 0.
+inline Partial block_softmax(float* scores, int pages, int from, int last) {
+    const V nothing = splat(-INFINITY);
+    V most = nothing;
+    for (int p = 0; p < pages; ++p) {
+        V s = load(scores + p * PAGE);
+        const int stop = last + 1 - p * PAGE, start = from - p * PAGE;
+        if (stop < PAGE) s = first(s, std::max(0, stop), nothing);
+        if (start > 0) s = first(nothing, std::min(PAGE, start), s);
+        store(scores + p * PAGE, s);
+        most = max(most, s);
+    }
+    float lanes[LANES];
+    store(lanes, most);
+    float m = lanes[0];
+    for (const float lane : lanes) m = lane > m ? lane : m;
+    V total = zero();
+    for (int p = 0; p < pages; ++p) {
+        const V w = exp(sub(load(scores + p * PAGE), splat(m)));
+        store(scores + p * PAGE, w);
+        total = add(total, w);
+    }
+    return {m, sum(total)};
+}
+
+// Mixes the values of a block's first `slots` slots: y[t][padded].
+template <int ROWS>
+inline void block_mix(const Block& block, const float* weights, int slots, float* y) {
+    constexpr int wide = panels_for(ROWS);
+    const auto some = [&]<int PANELS>(int d) {
+        V sums[ROWS][PANELS];
+        const void* at[PANELS];
+        if (block.wide_values) {
+            for (int p = 0; p < PANELS; ++p) at[p] = block.wide_values + d + p * LANES;
+            const uint16_t* const nothing[PANELS] = {};
+            products<ROWS, PANELS, false>(weights, BLOCK_SLOTS, 1, at, nothing, block.padded, slots,
+                                          sums);
+        } else {
+            for (int t = 0; t < ROWS; ++t)
+                for (int p = 0; p < PANELS; ++p) sums[t][p] = zero();
+            for (int s = 0; s < slots; ++s) {
+                const uint16_t* value = block.values[s / PAGE] + s % PAGE * block.dim + d;
+                V a[PANELS];
+                for (int p = 0; p < PANELS; ++p) a[p] = load_f16(value + p * LANES);
+                const uint16_t* next = block.next_keys[s / PAGE] + s % PAGE * block.dim + d;
+                for (int p = 0; p < PANELS; p += 2) __builtin_prefetch(next + p * LANES);
+                for (int t = 0; t < ROWS; ++t) {
+                    const V b = splat(weights[t * BLOCK_SLOTS + s]);
+                    for (int p = 0; p < PANELS; ++p) sums[t][p] = fma(a[p], b, sums[t][p]);
+                }
+            }
+        }
+        for (int t = 0; t < ROWS; ++t)
+            for (int p = 0; p < PANELS; ++p)
+                store(y + t * block.padded + d + p * LANES, sums[t][p]);
+    };
+    int d = 0;
+    for (; d + wide * LANES <= block.padded; d += wide * LANES) some.template operator()<wide>(d);
+    for (; d < block.padded; d += LANES) some.template operator()<1>(d);
+}
+
+// One row alone, over just the slots it sees: where a later token's value is not finite.
+inline void row_mix(const Block& block, const float* weights, int from, int last, float* y) {
+    for (int d = 0; d < block.padded; d += LANES) {
+        V mixed = zero();
+        for (int s = std::max(0, from); s <= last; ++s)
+            mixed = fma(load(block.wide_values + s * block.padded + d), splat(weights[s]), mixed);
+        store(y + d, mixed);
+    }
+}
+
+// The parts of a tile's rows in a block: y [ROWS][padded].
+template <int ROWS>
+inline void block_parts(const Block& block, const Queries& q, float* scores, Partial* parts,
+                        float* y) {
+    int last = -1;
+    for (int t = 0; t < q.rows; ++t) last = std::max(last, q.last[t] - block.start);
+    const int slots = std::min(block.slots, last + 1), pages = (slots + PAGE - 1) / PAGE;
+    block_scores<ROWS>(block, q, pages, scores);
+    for (int t = 0; t < ROWS; ++t) {
+        const int row = std::min(t, q.rows - 1);
+        const int from = q.from[row] - block.start, to = q.last[row] - block.start;
+        if (to < 0 || from >= slots) {  // sees nothing here
+            parts[t] = {-INFINITY, 0.0f};
+            std::fill_n(scores + t * BLOCK_SLOTS, pages * PAGE, 0.0f);
+        } else {
+            parts[t] = block_softmax(scores + t * BLOCK_SLOTS, pages, from, to);
+        }
+    }
+    if (block.finite) return block_mix<ROWS>(block, scores, slots, y);
+    for (int t = 0; t < q.rows; ++t)
+        row_mix(block, scores + t * BLOCK_SLOTS, q.from[t] - block.start,
+                std::min(slots - 1, q.last[t] - block.start), y + t * block.padded);
+}
+
+// A row's running softmax takes in the next block's part.
+inline void merge(Partial& sum, float* mixed, const Partial& part, const float* y, int padded) {
+    if (part.total == 0.0f) return;  // saw nothing there; a NaN is not 0
+    if (sum.total == 0.0f) {
+        sum = part;
+        std::memcpy(mixed, y, sizeof(float) * static_cast<size_t>(padded));
+        return;
+    }
+    const float most = part.most > sum.most ? part.most : sum.most;
+    alignas(64) float shift[LANES] = {sum.most - most, part.most - most};
+    store(shift, exp(load(shift)));
+    const V keep = splat(shift[0]), take = splat(shift[1]);
+    sum = {most, sum.total * shift[0] + part.total * shift[1]};
+    for (int d = 0; d < padded; d += LANES)
+        store(mixed + d, fma(load(y + d), take, mul(load(mixed + d), keep)));
+}
+
+// One segment and kv head, and what every task over them needs.
+struct Attended {
+    const float* q;
+    const Segment* segment;
+    const Pages* pages;
+    int kv_head, window, padded;
+    float* y;
+
+    int shared() const { return pages->heads / pages->kv_heads; }
+    int rows() const { return (segment->stop - segment->first) * shared(); }
+    int last(int row) const { return segment->position + row / shared(); }
+    int from(int row) const { return window ? std::max(0, last(row) - window + 1) : 0; }
+    size_t at(int row) const {
+        return (static_cast<size_t>(segment->first + row / shared()) * pages->heads +
+                kv_head * shared() + row % shared()) *
+               pages->dim;
+    }
+
+    // Rows [row, row + n) as a tile of `size`: [dim][size], scaled by 1 / sqrt(dim).
+    void queries(int row, int n, int size, float* x, Queries& out) const {
+        const float scale = 1.0f / std::sqrt(static_cast<float>(pages->dim));
+        out.x = x;
+        out.rows = n;
+        for (int t = 0; t < size; ++t) {
+            const int from_row = row + std::min(t, n - 1);
+            const float* of = q + at(from_row);
+            for (int d = 0; d < pages->dim; ++d) x[d * size + t] = of[d] * scale;
+            if (t < n) {
+                out.last[t] = last(from_row);
+                out.from[t] = from(from_row);
+            }
+        }
+    }
+
+    // Block `index`, of which slots up to `last` are written.
+    Block block(int index, int last_slot) const {
+        Block b{};
+        b.start = index * BLOCK_SLOTS;
+        b.slots = std::min(BLOCK_SLOTS, last_slot + 1 - b.start);
+        b.dim = pages->dim;
+        b.padded = padded;
+        b.finite = true;
+        for (int p = 0; p * PAGE < b.slots; ++p) {
+            const size_t page = pages->at(segment->table[index * BLOCK_PAGES + p], kv_head);
+            b.keys[p] = pages->keys + page;
+            b.values[p] = pages->values + page;
+            b.next_keys[p] = b.keys[p];
+        }
+        return b;
+    }
+
+    void finish(int row, const Partial& sum, const float* mixed) const {
+        const V inverse = splat(sum.total);
+        float* out = y + at(row);
+        for (int d = 0; d < pages->dim; d += LANES) {
+            const V value = div(load(mixed + d), inverse);
+            if (d + LANES <= pages->dim) store(out + d, value);
+            else store_first(out + d, value, pages->dim - d);
+        }
+    }
+};
+
+// Expands a block to float32 in `memory`: (16 + 1) pages' worth of keys and values.
+inline void widen(Block& block, float* memory) {
+    const int pages = (block.slots + PAGE - 1) / PAGE;
+    float *keys = memory, *values = memory + static_cast<size_t>(BLOCK_SLOTS) * block.dim;
+    for (int p = 0; p < pages; ++p)
+        for (int d = 0; d < block.dim; ++d)
+            store(keys + (p * block.dim + d) * PAGE, load_f16(block.keys[p] + d * PAGE));
+    V probe = zero();  // 0 * value: 0 for finite ones, NaN for the others
+    for (int s = 0; s < block.slots; ++s) {
+        const uint16_t* value = block.values[s / PAGE] + s % PAGE * block.dim;
+        float* to = values + static_cast<size_t>(s) * block.padded;
+        int d = 0;
+        for (; d + LANES <= block.dim; d += LANES) {
+            const V wide = load_f16(value + d);
+            probe = fma(wide, zero(), probe);
+            store(to + d, wide);
+        }
+        if (d < block.padded) {
+            alignas(64) uint16_t rest[LANES] = {};
+            std::memcpy(rest, value + d, sizeof(uint16_t) * static_cast<size_t>(block.dim - d));
+            const V wide = load_f16(rest);
+            probe = fma(wide, zero(), probe);
+            store(to + d, wide);
+        }
+    }
+    block.wide_keys = keys;
+    block.wide_values = values;
+    block.finite = sum(probe) == 0.0f;
+}
+
+inline size_t widened_floats(int dim, int padded) {
+    return static_cast<size_t>(BLOCK_SLOTS) * (dim + padded);
+}
+
+// Many rows: each task takes up to 48 of them through all blocks.
+inline void attend_rows(const Attended& a, int first, int stop) {
+    static thread_local Scratch<float> scratch;
+    const int dim = a.pages->dim, padded = a.padded, rows = stop - first;
+    const size_t wide = widened_floats(dim, padded),
+                 row_floats = static_cast<size_t>(rows) * padded;
+    const int tiles = (rows + ROW_TILE - 1) / ROW_TILE;
+    float* memory =
+        scratch.at_least(wide + row_floats + static_cast<size_t>(tiles) * ROW_TILE * dim +
+                         ROW_TILE * (BLOCK_SLOTS + padded));
+    float *mixed = memory + wide, *x = mixed + row_floats;
+    float *scores = x + static_cast<size_t>(tiles) * ROW_TILE * dim,
+          *y = scores + ROW_TILE * BLOCK_SLOTS;
+    Partial sums[ROWS_A_TASK] = {}, parts[ROW_TILE];
+    Queries queries[(ROWS_A_TASK + ROW_TILE - 1) / ROW_TILE];
+    for (int i = 0; i < tiles; ++i) {
+        const int n = std::min(ROW_TILE, rows - i * ROW_TILE);
+        a.queries(first + i * ROW_TILE, n, tile_for(n), x + static_cast<size_t>(i) * ROW_TILE * dim,
+                  queries[i]);
+    }
+    const int last = a.last(stop - 1);
+    for (int index = a.from(first) / BLOCK_SLOTS; index * BLOCK_SLOTS <= last; ++index) {
+        Block block = a.block(index, last);
+        widen(block, memory);
+        for (int i = 0; i < tiles; ++i) {
+            const int n = queries[i].rows, start = block.start;
+            if (queries[i].last[n - 1] < start || queries[i].from[0] >= start + block.slots)
+                continue;
+            with_tile(tile_for(n),
+                      [&]<int ROWS>() { block_parts<ROWS>(block, queries[i], scores, parts, y); });
+            for (int t = 0; t < n; ++t)
+                merge(sums[i * ROW_TILE + t],
+                      mixed + static_cast<size_t>(i * ROW_TILE + t) * padded, parts[t],
+                      y + t * padded, padded);
+        }
+    }
+    for (int t = 0; t < rows; ++t)
+        a.finish(first + t, sums[t], mixed + static_cast<size_t>(t) * padded);
+}
+
+// A single tile of rows (a decoded token and its heads): blocks are tasks of their own. Returns the
+// parts in `parts` [block][ROW_TILE] and `y` [block][ROW_TILE][padded].
+inline void attend_block(const Attended& a, int index, Partial* parts, float* y) {
+    static thread_local Scratch<float> scratch;
+    const int rows = a.rows(), dim = a.pages->dim, size = tile_for(rows);
+    float* memory =
+        scratch.at_least(widened_floats(dim, a.padded) + ROW_TILE * (dim + BLOCK_SLOTS));
+    float *x = memory + widened_floats(dim, a.padded), *scores = x + ROW_TILE * dim;
+    Queries q;
+    a.queries(0, rows, size, x, q);
+    Block block = a.block(index, a.last(rows - 1));
+    const int last_slot = a.last(rows - 1), next = index + 1;
+    if (next * BLOCK_SLOTS <= last_slot) {
+        const Block following = a.block(next, last_slot);
+        std::copy_n(following.keys, (following.slots + PAGE - 1) / PAGE, block.next_keys);
+    }
+    // An infinity must not reach a token that does not see it, earlier or beyond its window: look
+    // at the values.
+    if (dim % LANES || a.window || rows > a.shared()) widen(block, memory);
+    with_tile(size, [&]<int ROWS>() { block_parts<ROWS>(block, q, scores, parts, y); });
+}
+
+inline void attention(const float* q, const std::vector<Segment>& segments, const Pages& pages,
+                      int window, float* y) {
+    const int padded = (pages.dim + LANES - 1) / LANES * LANES;
+    struct Task {
+        Attended a;
+        int first, stop;  // rows, or blocks where the segment is a single tile of rows
+        int slot;         // of the first block's parts, -1 for many rows
+    };
+    static thread_local std::vector<Task> tasks, singles;
+    static thread_local Scratch<float> scratch;
+    tasks.clear();
+    singles.clear();
+    int slots = 0;
+    for (const Segment& segment : segments) {
+        for (int g = 0; g < pages.kv_heads; ++g) {
+            const Attended a{q, &segment, &pages, g, window, padded, y};
+            const int rows = a.rows();
+            if (rows > ROW_TILE) {
+                // The last rows see the most: begin with them.
+                for (int first = (rows - 1) / ROWS_A_TASK * ROWS_A_TASK; first >= 0;
+                     first -= ROWS_A_TASK)
+                    tasks.push_back({a, first, std::min(rows, first + ROWS_A_TASK), -1});
+                continue;
+            }
+            const int from = a.from(0) / BLOCK_SLOTS, stop = a.last(rows - 1) / BLOCK_SLOTS + 1;
+            singles.push_back({a, from, stop, slots});
+            for (int index = from; index < stop; ++index)
+                tasks.push_back({a, index, index + 1, slots++});
+        }
+    }
+    const size_t part_floats = static_cast<size_t>(ROW_TILE) * padded;
+    const size_t parts_floats =
+        static_cast<size_t>(slots) * ROW_TILE * sizeof(Partial) / sizeof(float);
+    float* mixes = scratch.at_least(slots * part_floats + parts_floats + LANES);
+    auto* parts = reinterpret_cast<Partial*>(mixes + slots * part_floats);
+    const std::vector<Task>&all = tasks, &few = singles;
+    pool().run(static_cast<int>(all.size()), [&](int i) {
+        const Task& task = all[static_cast<size_t>(i)];
+        if (task.slot < 0) return attend_rows(task.a, task.first, task.stop);
+        attend_block(task.a, task.first, parts + static_cast<size_t>(task.slot) * ROW_TILE,
+                     mixes + task.slot * part_floats);
+    });
+    for (const Task& single : few) {
+        for (int row = 0; row < single.a.rows(); ++row) {
+            Partial sum{};
+            float* mixed = mixes + single.slot * part_floats + static_cast<size_t>(row) * padded;
+            const Partial* part = parts + static_cast<size_t>(single.slot) * ROW_TILE + row;
+            for (int index = single.first; index < single.stop; ++index, part += ROW_TILE) {
+                const size_t at = (single.slot + index - single.first) * part_floats;
+                merge(sum, mixed, *part, mixes + at + static_cast<size_t>(row) * padded, padded);
+            }
+            single.a.finish(row, sum, mixed);
+        }
+    }
+}

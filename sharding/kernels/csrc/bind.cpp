@@ -1,0 +1,172 @@
+// The Python module `_cpu`: addresses in, nothing out. sharding/kernels/cpu.py checks every shape.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "block.h"
+#include "ops.h"
+#include "pool.h"
+
+namespace nb = nanobind;
+using namespace longspan;
+
+namespace {
+
+using Address = uintptr_t;
+using Release = nb::call_guard<nb::gil_scoped_release>;
+
+template <class T>
+T* at(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+// What this processor runs, fastest first.
+std::vector<const Ops*> available() {
+    std::vector<const Ops*> found;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                      __builtin_cpu_supports("f16c");
+    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        found.push_back(&AVX512_OPS);
+    if (avx2) found.push_back(&AVX2_OPS);
+#endif
+    found.push_back(&PORTABLE_OPS);
+    return found;
+}
+
+const Ops& find(const std::string& name) {
+    for (const Ops* ops : available())
+        if (name == ops->name) return *ops;
+    throw std::invalid_argument("this processor does not run " + name);
+}
+
+struct Layers {
+    std::vector<Layer> all;
+};
+
+struct Kernels {
+    const Ops& ops;
+    explicit Kernels(const std::string& isa) : ops(find(isa)) {}
+};
+
+Batch make_batch(std::vector<int64_t> sizes, Address cosines, Address sines, Address page,
+                 Address slot, Address spans, Address tables) {
+    Batch batch{{static_cast<int>(sizes[0]), static_cast<int>(sizes[1]), sizes[2] != 0,
+                 at<float>(cosines), at<float>(sines), at<int64_t>(page), at<int64_t>(slot)},
+                {}};
+    for (int64_t i = 0; i < sizes[3]; ++i) {
+        const int64_t* span = at<const int64_t>(spans) + i * 4;
+        batch.segments.push_back({static_cast<int>(span[0]), static_cast<int>(span[1]),
+                                  static_cast<int>(span[2]), at<const int64_t>(tables) + span[3]});
+    }
+    return batch;
+}
+
+Pages make_pages(int heads, int kv_heads, int dim, Address keys, Address values) {
+    return {heads, kv_heads, dim, at<uint16_t>(keys), at<uint16_t>(values)};
+}
+
+void bind_kernels(nb::class_<Kernels> kernels) {
+    kernels.def(nb::init<const std::string&>());
+    kernels.def(
+        "matmul",
+        [](const Kernels& self, Address x, int tokens, const Weight& weight, Address residual,
+           Address y) {
+            self.ops.matmul(at<float>(x), tokens, weight, nullptr, at<float>(residual),
+                            at<float>(y));
+        },
+        Release());
+    kernels.def(
+        "embed",
+        [](const Kernels& self, const Weight& weight, Address ids, int tokens, Address y) {
+            self.ops.embed(weight, at<int64_t>(ids), tokens, at<float>(y));
+        },
+        Release());
+    kernels.def(
+        "rms_norm",
+        [](const Kernels& self, Address x, int tokens, int width, Address scale, float eps,
+           Address y) {
+            self.ops.rms_norm(at<float>(x), tokens, width, at<float>(scale), eps, at<float>(y));
+        },
+        Release());
+    kernels.def(
+        "gated_silu",
+        [](const Kernels& self, Address x, int tokens, int width, Address y) {
+            self.ops.gated_silu(at<float>(x), tokens, width, at<float>(y));
+        },
+        Release());
+    kernels.def(
+        "rotate_and_store",
+        [](const Kernels& self, Address qkv, const Batch& batch, const Pages& pages, Address q) {
+            self.ops.rotate_and_store(at<float>(qkv), batch.turn, pages, at<float>(q));
+        },
+        Release());
+    kernels.def(
+        "attention",
+        [](const Kernels& self, Address q, const Batch& batch, const Pages& pages, int window,
+           Address y) {
+            self.ops.attention(at<float>(q), batch.segments, pages, window, at<float>(y));
+        },
+        Release());
+    kernels.def(
+        "run_layers",
+        [](const Kernels& self, const Layers& layers, Address x, const Batch& batch, Address y) {
+            run_layers(self.ops, layers.all, at<float>(x), batch, at<float>(y));
+        },
+        Release());
+}
+
+}  // namespace
+
+NB_MODULE(_cpu, m) {
+    nb::set_leak_warnings(false);  // a module-level object at exit is no leak
+    m.def("instruction_sets", [] {
+        std::vector<std::string> names;
+        for (const Ops* ops : available()) names.emplace_back(ops->name);
+        return names;
+    });
+    m.def("use_threads", &use_threads, Release());
+    m.def("threads", [] { return pool().threads(); });
+    nb::class_<Weight>(m, "Weight")
+        .def(nb::init<int>())
+        .def(
+            "append",
+            [](Weight& self, int type, int rows, Address file, size_t row_bytes) {
+                self.append(type, rows, at<const uint8_t>(file), row_bytes);
+            },
+            Release())
+        .def_prop_ro("rows", &Weight::rows)
+        .def_prop_ro("cols", &Weight::cols)
+        .def_prop_ro("n_bytes", &Weight::bytes);
+    nb::class_<Pages>(m, "Pages")
+        .def("__init__",
+             [](Pages* self, int heads, int kv_heads, int dim, Address keys, Address values) {
+                 new (self) Pages(make_pages(heads, kv_heads, dim, keys, values));
+             });
+    nb::class_<Batch>(m, "Batch")
+        .def("__init__", [](Batch* self, std::vector<int64_t> sizes, Address cosines, Address sines,
+                            Address page, Address slot, Address spans, Address tables) {
+            new (self) Batch(make_batch(sizes, cosines, sines, page, slot, spans, tables));
+        });
+    nb::class_<Layers>(m, "Layers")
+        .def(nb::init<>())
+        .def("append", [](Layers& self, Address attention_norm, const Weight& qkv,
+                          const Weight& output, Address ffn_norm, const Weight& gate_up,
+                          const Weight& down, const Pages& pages, int window, float eps) {
+            self.all.push_back({{at<float>(attention_norm), eps},
+                                {at<float>(ffn_norm), eps},
+                                &qkv,
+                                &output,
+                                &gate_up,
+                                &down,
+                                pages,
+                                window});
+        });
+    bind_kernels(nb::class_<Kernels>(m, "Kernels"));
+}

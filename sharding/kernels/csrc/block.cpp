@@ -1,0 +1,52 @@
+#include "block.h"
+
+#include <algorithm>
+
+#include "numbers.h"
+
+namespace longspan {
+namespace {
+
+// What lies between the steps of a block. One for each calling thread; nothing outlives a call.
+struct Between {
+    float *normed, *wide, *q, *mixed;
+
+    Between(const Layer& layer, size_t tokens) {
+        static thread_local Scratch<float> scratch;
+        const size_t hidden = tokens * layer.qkv->cols(), queries = tokens * layer.output->cols();
+        const size_t ffn = tokens * layer.down->cols();
+        const size_t most = std::max({tokens * layer.qkv->rows(), tokens * layer.gate_up->rows()});
+        normed = scratch.at_least(hidden + most + std::max(2 * queries, ffn));
+        wide = normed + hidden;
+        q = wide + most;
+        mixed = q + queries;
+    }
+};
+
+void run_layer(const Ops& ops, const Layer& layer, const Weight* next, const float* x,
+               const Batch& batch, float* y) {
+    const int tokens = batch.turn.tokens, hidden = layer.qkv->cols();
+    const Between at(layer, static_cast<size_t>(tokens));
+    ops.rms_norm(x, tokens, hidden, layer.attention_norm.scale, layer.attention_norm.eps,
+                 at.normed);
+    ops.matmul(at.normed, tokens, *layer.qkv, layer.output, nullptr, at.wide);
+    ops.rotate_and_store(at.wide, batch.turn, layer.pages, at.q);
+    ops.attention(at.q, batch.segments, layer.pages, layer.window, at.mixed);
+    ops.matmul(at.mixed, tokens, *layer.output, layer.gate_up, x, y);
+    ops.rms_norm(y, tokens, hidden, layer.ffn_norm.scale, layer.ffn_norm.eps, at.normed);
+    ops.matmul(at.normed, tokens, *layer.gate_up, layer.down, nullptr, at.wide);
+    ops.gated_silu(at.wide, tokens, layer.down->cols(), at.q);
+    ops.matmul(at.q, tokens, *layer.down, next, y, y);
+}
+
+}  // namespace
+
+void run_layers(const Ops& ops, const std::vector<Layer>& layers, const float* x,
+                const Batch& batch, float* y) {
+    for (size_t i = 0; i < layers.size(); ++i) {
+        const Weight* next = i + 1 < layers.size() ? layers[i + 1].qkv : nullptr;
+        run_layer(ops, layers[i], next, i ? y : x, batch, y);
+    }
+}
+
+}  // namespace longspan

@@ -1,0 +1,37 @@
+// Decoder blocks one after the other in one call: at one token, Python would spend about as long on
+// calling the kernels as they on computing. sharding/kernels/composed.py is the same in Python.
+#pragma once
+
+#include <vector>
+
+#include "ops.h"
+
+namespace longspan {
+
+// RMS norm.
+struct Norm {
+    const float* scale;
+    float eps;
+};
+
+// A block's weights and pages. What it points to belongs to Python, which keeps it.
+struct Layer {
+    Norm attention_norm, ffn_norm;
+    const Weight *qkv, *output, *gate_up, *down;
+    Pages pages;
+    int window;
+};
+
+// A batch as attention sees it: how its tokens turn, where they go, which request they belong to.
+struct Batch {
+    Turn turn;
+    std::vector<Segment> segments;
+};
+
+// y [T, I] = x through all layers; y may be x.
+//     x += attention(norm(x) @ qkv^T) @ output^T
+//     x += (silu(gate) * up) @ down^T  with gate, up = norm(x) @ gate_up^T
+void run_layers(const Ops& ops, const std::vector<Layer>& layers, const float* x,
+                const Batch& batch, float* y);
+
+}  // namespace longspan

@@ -1,0 +1,59 @@
+// The kernels of one instruction set, as a table of functions. Pointers are to float32 unless they
+// say otherwise; matrices are row-major.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "weight.h"
+
+namespace longspan {
+
+// One segment of a batch: rows [first, stop) are one request's tokens from `position` on, whose
+// pages are table[0], table[1], ...
+struct Segment {
+    int first, stop, position;
+    const int64_t* table;
+};
+
+// Sizes of attention, and one layer's FP16 pages: keys [P, G, D, 16], values [P, G, 16, D].
+struct Pages {
+    int heads, kv_heads, dim;
+    uint16_t *keys, *values;
+
+    size_t at(int64_t page, int kv_head) const {
+        return (static_cast<size_t>(page) * kv_heads + kv_head) * 16 * dim;
+    }
+};
+
+// Where a batch's tokens go and how they turn: page and slot of each token, cosines and sines
+// [T, pairs]. Pair i of a head is elements (2i, 2i + 1) if `adjacent`, else (i, i + pairs).
+struct Turn {
+    int tokens, pairs;
+    bool adjacent;
+    const float *cosines, *sines;
+    const int64_t *page, *slot;
+};
+
+struct Ops {
+    const char* name;
+    // y[T, O] = residual + x[T, I] @ weight^T; `residual` may be null, or y itself. `next`, if not
+    // null, is the weight that will be read after this one.
+    void (*matmul)(const float* x, int tokens, const Weight& weight, const Weight* next,
+                   const float* residual, float* y);
+    // y[T, I] = rows ids[t] of the weight.
+    void (*embed)(const Weight& weight, const int64_t* ids, int tokens, float* y);
+    void (*rms_norm)(const float* x, int tokens, int width, const float* scale, float eps,
+                     float* y);
+    // y[T, F] = silu(x[:, :F]) * x[:, F:]
+    void (*gated_silu)(const float* x, int tokens, int width, float* y);
+    // Splits qkv [T, (H + 2G) * D]; turned queries go to q [T, H * D], keys and values to pages.
+    void (*rotate_and_store)(const float* qkv, const Turn& turn, const Pages& pages, float* q);
+    // y[T, H * D]; a token sees the last `window` slots up to its own, all of them if 0.
+    void (*attention)(const float* q, const std::vector<Segment>& segments, const Pages& pages,
+                      int window, float* y);
+};
+
+extern const Ops AVX512_OPS, AVX2_OPS, PORTABLE_OPS;
+
+}  // namespace longspan

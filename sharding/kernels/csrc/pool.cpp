@@ -1,0 +1,104 @@
+#include "pool.h"
+
+#include <chrono>
+#include <utility>
+
+namespace longspan {
+namespace {
+
+constexpr uint32_t OPEN = 1u << 31;
+constexpr auto PATIENCE = std::chrono::microseconds(60);
+
+inline void pause() {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+}  // namespace
+
+Pool::Pool(int threads) : threads_(threads), ranges_(new Range[static_cast<size_t>(threads)]) {
+    for (int t = 1; t < threads; ++t) workers_.emplace_back([this, t] { work(t); });
+}
+
+Pool::~Pool() {
+    ending_.store(true);
+    job_.fetch_add(1);
+    job_.notify_all();
+    for (auto& worker : workers_) worker.join();
+}
+
+void Pool::share(int n) {
+    for (int t = 0; t < threads_; ++t) {
+        const auto border = [&](int64_t at) { return static_cast<int>(at * n / threads_); };
+        ranges_[t].stop = border(t + 1);
+        ranges_[t].next.store(border(t), std::memory_order_relaxed);
+    }
+    gate_.store(OPEN, std::memory_order_release);
+    job_.fetch_add(1, std::memory_order_release);
+    job_.notify_all();
+    drain(0);
+    // Nobody may enter any more; who is inside still reads the task.
+    gate_.fetch_and(~OPEN, std::memory_order_acq_rel);
+    for (int spins = 0; gate_.load(std::memory_order_acquire) != 0; ++spins) {
+        if (spins < 4000) pause();
+        else std::this_thread::yield();
+    }
+    if (failed_) std::rethrow_exception(std::exchange(failed_, nullptr));
+}
+
+void Pool::drain(int thread) {
+    for (int other = 0; other < threads_; ++other) {
+        Range& range = ranges_[(thread + other) % threads_];
+        while (true) {
+            const int i = range.next.fetch_add(1, std::memory_order_relaxed);
+            if (i >= range.stop) break;
+            try {
+                call_(task_, i);
+            } catch (...) {
+                const std::lock_guard<std::mutex> hold(failing_);
+                if (!failed_) failed_ = std::current_exception();
+            }
+        }
+    }
+}
+
+void Pool::work(int thread) {
+    int seen = 0;
+    while (true) {
+        const auto since = std::chrono::steady_clock::now();
+        for (int spins = 0; job_.load(std::memory_order_acquire) == seen; ++spins) {
+            pause();
+            if (spins % 64 == 63 && std::chrono::steady_clock::now() - since > PATIENCE) {
+                job_.wait(seen, std::memory_order_acquire);
+            }
+        }
+        seen = job_.load(std::memory_order_acquire);
+        if (ending_.load()) return;
+        uint32_t gate = gate_.load(std::memory_order_acquire);
+        while ((gate & OPEN) && !gate_.compare_exchange_weak(gate, gate + 1)) {
+        }
+        if (!(gate & OPEN)) continue;
+        drain(thread);
+        gate_.fetch_sub(1, std::memory_order_acq_rel);
+    }
+}
+
+namespace {
+
+std::unique_ptr<Pool>& current() {
+    static std::unique_ptr<Pool> one = std::make_unique<Pool>(1);
+    return one;
+}
+
+}  // namespace
+
+Pool& pool() { return *current(); }
+
+void use_threads(int threads) {
+    if (threads != pool().threads()) current() = std::make_unique<Pool>(threads);
+}
+
+}  // namespace longspan

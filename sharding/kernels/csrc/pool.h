@@ -1,0 +1,72 @@
+// The threads that share one call's work. Not a scheduler: one job at a time, from one caller.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace longspan {
+
+// Splits tasks 0..n-1 over the caller and its workers. Every thread has a contiguous range of its
+// own, so that neighbouring weights are read by one core, and takes from the others' when it is
+// done. The caller never waits for a worker that has not begun: where cores are short it simply
+// does all the work itself. Idle workers look for work for a few dozen microseconds, the gap
+// between two calls of a step, then sleep; several processes on the same cores do not starve one
+// another.
+class Pool {
+  public:
+    explicit Pool(int threads);
+    ~Pool();
+    Pool(const Pool&) = delete;
+    Pool& operator=(const Pool&) = delete;
+
+    int threads() const { return threads_; }
+
+    // Calls task(i) for all i in [0, n), on any thread, in any order. Rethrows what a task threw.
+    // From two callers at once, the second computes on its own thread.
+    template <class Task>
+    void run(int n, const Task& task) {
+        if (n <= 1 || threads_ == 1 || !busy_.try_lock()) {
+            for (int i = 0; i < n; ++i) task(i);
+            return;
+        }
+        const std::lock_guard<std::mutex> hold(busy_, std::adopt_lock);
+        call_ = [](const void* self, int i) { (*static_cast<const Task*>(self))(i); };
+        task_ = &task;
+        share(n);
+    }
+
+  private:
+    struct alignas(64) Range {
+        std::atomic<int> next{0};
+        int stop = 0;
+    };
+
+    void share(int n);
+    void work(int thread);
+    void drain(int thread);
+
+    const int threads_;
+    std::mutex busy_;
+    void (*call_)(const void*, int) = nullptr;
+    const void* task_ = nullptr;
+    std::unique_ptr<Range[]> ranges_;
+    std::mutex failing_;
+    std::exception_ptr failed_;
+
+    // Low half: workers inside the job, and whether it may be entered. `job_` wakes sleepers.
+    alignas(64) std::atomic<uint32_t> gate_{0};
+    alignas(64) std::atomic<int> job_{0};
+    std::atomic<bool> ending_{false};
+    std::vector<std::thread> workers_;
+};
+
+// The process's pool; `use_threads` replaces it while no call is running.
+Pool& pool();
+void use_threads(int threads);
+
+}  // namespace longspan

@@ -1,0 +1,86 @@
+// A packed matrix and how it is filled from a file's bytes. See layout.h for what lies where.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "layout.h"
+
+namespace longspan {
+
+// Panels whose units lie in turn, so that one stream of memory feeds as many sums: enough to hide
+// the latency of a multiply-add.
+constexpr int MOST_BLOCK_PANELS = 4;
+
+// Four, or three where that gives two threads equally many blocks and four does not.
+constexpr int block_panels_for(int panels) {
+    const bool even = (panels + 3) / 4 % 2 == 0;
+    return !even && panels % 6 == 0 ? 3 : MOST_BLOCK_PANELS;
+}
+
+// Memory straight from the system, in large pages where it has them. Zero at first.
+class Memory {
+  public:
+    explicit Memory(size_t bytes);
+    ~Memory();
+    Memory(Memory&& other) noexcept;
+    Memory(const Memory&) = delete;
+    Memory& operator=(const Memory&) = delete;
+    Memory& operator=(Memory&&) = delete;
+    uint8_t* data() const { return data_; }
+
+  private:
+    uint8_t* data_;
+    size_t bytes_;
+};
+
+// Rows of one format. Panels come in blocks (the last may be smaller); a block holds unit 0 of its
+// panels, then unit 1 of each, and so on.
+struct Part {
+    Layout layout;
+    int rows, cols;
+    Memory memory;
+
+    int panels() const { return (rows + LANES - 1) / LANES; }
+    int units() const { return (cols + layout.columns() - 1) / layout.columns(); }
+    int padded_cols() const { return units() * layout.columns(); }
+    size_t panel_bytes() const { return static_cast<size_t>(units()) * layout.unit_bytes(); }
+    int block_panels() const { return block_panels_for(panels()); }
+    int blocks() const { return (panels() + block_panels() - 1) / block_panels(); }
+    // Unit 0 of a panel, and the bytes from one of its units to the next.
+    uint8_t* panel(int at) const {
+        const int first = at / block_panels() * block_panels();
+        return memory.data() + static_cast<size_t>(first) * panel_bytes() +
+               static_cast<size_t>(at - first) * layout.unit_bytes();
+    }
+    size_t unit_stride(int panel) const {
+        const int first = panel / block_panels() * block_panels(), left = panels() - first;
+        const int width = left < block_panels() ? left : block_panels();
+        return static_cast<size_t>(width) * layout.unit_bytes();
+    }
+};
+
+// Matrices of equal columns, stacked by rows. Packed once, read by any thread afterwards.
+class Weight {
+  public:
+    explicit Weight(int cols) : cols_(cols) {}
+    Weight(const Weight&) = delete;
+    Weight& operator=(const Weight&) = delete;
+
+    // Packs `rows` rows as the file has them, each `row_bytes` long. Throws std::invalid_argument
+    // for a type that is not computed or a row of another length.
+    void append(int type, int rows, const uint8_t* file, size_t row_bytes);
+
+    int rows() const { return rows_; }
+    int cols() const { return cols_; }
+    size_t bytes() const;
+    const std::vector<Part>& parts() const { return parts_; }
+
+  private:
+    int rows_ = 0;
+    const int cols_;
+    std::vector<Part> parts_;
+};
+
+}  // namespace longspan

@@ -1,0 +1,218 @@
+"""What float64 gives, and how far a float32 kernel may be from it, as docs/numerics.md derives it.
+
+Every function returns `(truth, bound)` in float64. Nothing here is fitted: a bound is worked out
+from a kernel's inputs alone. Not here: the data (`world.py`).
+
+    T tokens, I inputs, O outputs, H query heads, G kv heads, D head dim, N slots of a request
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sharding.gguf.quants import FORMATS, QuantFormat, dequantise
+from sharding.model.attention import BatchIndex, Rows
+from sharding.model.kv_cache import LayerPages
+
+U = 2.0**-24  # unit roundoff of float32
+TINY = 2.0**-149  # its smallest number
+EXP_ERROR = 8 * U
+KV_BLOCK = 256
+
+BY_NAME: dict[str, QuantFormat] = {
+    format.name: format for format in FORMATS.values() if format.computed
+}
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """How a format's products are grouped, and where its bytes are.
+
+    `group` columns share a scale; `offset` is subtracted from a stored value; `d_at` and `m_at` are
+    bytes of a unit where its FP16 scales of values and of minima begin; `quants` the bytes of the
+    stored values; `scale_most` the largest integer beside d; `product_underflow` what a product may
+    lose below the smallest number, in units of the group's scale.
+    """
+
+    group: int
+    offset: int = 0
+    d_at: int | None = None
+    m_at: int | None = None
+    quants: slice | None = None
+    scale_most: int = 1
+    product_underflow: float = 2.0**-120
+
+
+_FLOAT = Arithmetic(32, product_underflow=TINY)
+
+ARITHMETIC = {
+    "F32": _FLOAT,
+    "F16": _FLOAT,
+    "BF16": _FLOAT,
+    "Q4_0": Arithmetic(32, offset=8, d_at=0, quants=slice(2, 18)),
+    "Q4_1": Arithmetic(32, d_at=0, m_at=2),
+    "Q5_0": Arithmetic(32, offset=16, d_at=0, quants=slice(2, 22)),
+    "Q5_1": Arithmetic(32, d_at=0, m_at=2),
+    "Q8_0": Arithmetic(32, d_at=0, product_underflow=TINY),
+    "IQ4_NL": Arithmetic(32, d_at=0, product_underflow=TINY),
+    "Q2_K": Arithmetic(16, d_at=80, m_at=82, scale_most=15),
+    "Q3_K": Arithmetic(16, offset=4, d_at=108, quants=slice(0, 96), scale_most=32),
+    "Q4_K": Arithmetic(32, d_at=0, m_at=2, scale_most=63),
+    "Q5_K": Arithmetic(32, d_at=0, m_at=2, scale_most=63),
+    "Q6_K": Arithmetic(16, offset=32, d_at=208, quants=slice(0, 192), scale_most=128),
+    "IQ4_XS": Arithmetic(32, d_at=0, scale_most=32, product_underflow=TINY),
+}
+
+
+def gamma(roundings: float) -> float:
+    """Largest relative error of a term that is rounded so often (Higham 2002, lemma 3.1)."""
+    return roundings * U / (1 - roundings * U)
+
+
+@dataclass(frozen=True)
+class ExactWeight:
+    """A matrix without a rounding: `values_OI`; `magnitude_OI`, what is added up in their place,
+    |D| (q + offset) + |M|; `scale_most`, the largest |D|."""
+
+    name: str
+    values_OI: torch.Tensor
+    magnitude_OI: torch.Tensor
+    scale_most: float
+
+
+def exact_weight(name: str, raw: NDArray[np.uint8]) -> ExactWeight:
+    """Reads rows with scales or quants set to zero, which leaves one exact term of each weight."""
+    how = ARITHMETIC[name]
+    if how.m_at is not None and how.d_at is not None:
+        products = _read(name, raw, slice(how.m_at, how.m_at + 2))
+        minima = _read(name, raw, slice(how.d_at, how.d_at + 2))
+        values, magnitude = products + minima, products.abs() + minima.abs()
+    elif how.quants is not None:
+        values, offsets = _read(name, raw), _read(name, raw, how.quants)
+        magnitude = (values - offsets).abs() + offsets.abs()
+    else:
+        values = _read(name, raw)
+        magnitude = values.abs()
+    scale_most = 1.0
+    if how.d_at is not None:
+        units = raw.reshape(-1, BY_NAME[name].block_bytes)
+        d = units[:, how.d_at : how.d_at + 2].copy().view(np.float16)
+        scale_most = float(np.abs(d).max()) * how.scale_most
+    return ExactWeight(name, values, magnitude, scale_most)
+
+
+def _read(name: str, raw: NDArray[np.uint8], zeroed: slice | None = None) -> torch.Tensor:
+    format = BY_NAME[name]
+    units = raw.copy().reshape(-1, format.block_bytes)
+    if zeroed is not None:
+        units[:, zeroed] = 0
+    return torch.from_numpy(dequantise(format, units.reshape(raw.shape))).double()
+
+
+def matmul(
+    x_TI: torch.Tensor, weight: ExactWeight, residual_TO: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the grouped kernels: n + c * groups + 7 roundings."""
+    how = ARITHMETIC[weight.name]
+    groups = -(-x_TI.shape[1] // how.group)
+    steps = (2 if how.m_at is not None else 1) * groups
+    truth_TO = x_TI.double() @ weight.values_OI.T
+    size_TO = x_TI.double().abs() @ weight.magnitude_OI.T
+    if residual_TO is not None:
+        truth_TO = truth_TO + residual_TO.double()
+        size_TO = size_TO + residual_TO.double().abs()
+    lost = groups * how.group * weight.scale_most * how.product_underflow + (steps + 1) * TINY
+    return truth_TO, gamma(how.group + steps + 7) * size_TO + lost
+
+
+def reference_matmul(
+    x_TI: torch.Tensor, weight: ExactWeight, residual_TO: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of one float32 sum over all columns, in any order, of weights rounded once."""
+    cols = x_TI.shape[1]
+    truth_TO = x_TI.double() @ weight.values_OI.T
+    size_TO = x_TI.double().abs() @ weight.values_OI.T.abs()
+    if residual_TO is not None:
+        truth_TO = truth_TO + residual_TO.double()
+        size_TO = size_TO + residual_TO.double().abs()
+    return truth_TO, gamma(cols + 3) * size_TO + (cols + 1) * TINY
+
+
+def rms_norm(
+    x_TI: torch.Tensor, scale_I: torch.Tensor, eps: float, lanes: int = 16
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Squares are summed in so many lanes."""
+    x, scale = x_TI.double(), scale_I.double()
+    truth = x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * scale
+    mean_roundings = -(-x.shape[1] // lanes) + 8
+    return truth, gamma(mean_roundings / 2 + 5) * truth.abs() + TINY * (1 + scale.abs())
+
+
+def gated_silu(gate_up_T2F: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """e^-g, an addition, a division, a product; 2^-121 where e^-g is beyond float32."""
+    gate, up = gate_up_T2F.double().chunk(2, dim=-1)
+    truth = gate * torch.sigmoid(gate) * up
+    roundings = EXP_ERROR / U + 4
+    return truth, gamma(roundings) * truth.abs() + 2.0**-121 * up.abs() + TINY * (1 + up.abs())
+
+
+def rotated(x_THD: torch.Tensor, index: BatchIndex) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two products and a sum for each turning element; the others are copied."""
+    pairs = index.cos_TR.shape[1]
+    cos, sin = index.cos_TR.double()[:, None], index.sin_TR.double()[:, None]
+    x = x_THD.double()
+    a, b = x[..., : 2 * pairs].unflatten(-1, index.pair_shape).unbind(index.pair_axis)
+    turned = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=index.pair_axis)
+    sizes = (a * cos).abs() + (b * sin).abs(), (a * sin).abs() + (b * cos).abs()
+    size = torch.stack(sizes, dim=index.pair_axis).flatten(-2)
+    rest = x[..., 2 * pairs :]
+    truth = torch.cat((turned.flatten(-2), rest), dim=-1)
+    bound = torch.cat((gamma(2) * size + 2 * TINY, torch.zeros_like(rest)), dim=-1)
+    return truth, bound
+
+
+def stored_half(truth: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
+    """The bound once a number within it was rounded to FP16 (11 bits; 2^-25 if subnormal)."""
+    return bound + 2.0**-11 * (truth.abs() + bound) + 2.0**-25
+
+
+def attention(
+    q_THD: torch.Tensor, rows: Rows, pages: LayerPages, window: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One segment's attention `[T, H, D]`; keys and values are those stored."""
+    tokens, heads, dim = q_THD.shape
+    length = rows.position + tokens
+    k_GDN, v_GND = (part.double() for part in pages.gather(rows.pages, 0, _whole(length), length))
+    k_GDN, v_GND = k_GDN[..., :length], v_GND[:, :length]
+    q_TGSD = q_THD.double().unflatten(1, (pages.kv_heads, -1)) / dim**0.5
+    scores = torch.einsum("tgsd,gdn->tgsn", q_TGSD, k_GDN)
+    score_error = gamma(dim + 4) * torch.einsum("tgsd,gdn->tgsn", q_TGSD.abs(), k_GDN.abs())
+    last_T1 = torch.arange(rows.position, length)[:, None]
+    slots = torch.arange(length)
+    hidden_TN = (slots > last_T1) | ((slots <= last_T1 - window) if window else slots < 0)
+    hidden = hidden_TN[:, None, None, :]
+    scores = scores.masked_fill(hidden, -torch.inf)
+    most = scores.amax(-1, keepdim=True)
+    p = torch.exp(scores - most)
+    p = p / p.sum(-1, keepdim=True)
+    seen = min(length, window or length)
+    blocks = -(-seen // KV_BLOCK) + 1
+    # What a weight is off by: its score, the rounding of what e is raised to, and every e^x.
+    fall = (most - scores + 2 * score_error.amax(-1, keepdim=True)).masked_fill(hidden, 0.0)
+    weight_error = torch.expm1(score_error + U * fall + (blocks + 1) * EXP_ERROR)
+    adding = gamma(min(seen, KV_BLOCK) + 5 + 2 * blocks)
+    pa = p * ((1 + weight_error) * (1 + adding) - 1)
+    mixed = torch.einsum("tgsn,gnd->tgsd", p, v_GND)
+    total_error = pa.sum(-1, keepdim=True)
+    spread = torch.einsum("tgsn,gnd->tgsd", pa, v_GND.abs()) + mixed.abs() * total_error
+    lost = length * 2.0**-147 * (v_GND.abs().max() + 1)
+    bound = spread / (1 - total_error) * (1 + U) + U * mixed.abs() + lost
+    return mixed.flatten(1, 2), bound.flatten(1, 2)
+
+
+def _whole(length: int) -> int:
+    return -(-length // 16) * 16

@@ -1,0 +1,224 @@
+"""The compiled kernels bit for bit: neither the number of tokens, nor the threads, nor how a model
+or a prompt is cut may show in a result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from sharding.batch import Segment
+from sharding.gguf.reader import GGUFFile
+from sharding.kernels import BlockWeights, Weight
+from sharding.kernels.composed import ComposedLayers
+from sharding.kernels.cpu import CPUKernels, use_threads
+from tests.sharding.kernels.world import (
+    FLOATS,
+    FORMAT_NAMES,
+    KERNELS,
+    Heads,
+    file_of,
+    index_of,
+    normal,
+    random_pages,
+    random_raw,
+)
+from tests.stages import chunked_logits, load_stages, logits, open_request
+from tests.tiny_gguf import tiny_llama
+
+on_every_instruction_set = pytest.mark.parametrize("isa", KERNELS)
+in_every_format = pytest.mark.parametrize("name", FORMAT_NAMES)
+
+SLOTS = 530
+NEAR_BORDERS = (0, 1, 15, 16, 17, 100, 254, 255, 256, 257, 511, 512, 513, 529)
+SHARINGS = [
+    Heads(2, 2, 16),
+    Heads(3, 1, 64),
+    Heads(4, 1, 80),
+    Heads(8, 2, 100),
+    Heads(16, 1, 64),
+    Heads(3, 1, 128),
+]
+
+
+@on_every_instruction_set
+@in_every_format
+def test_a_row_of_a_product_is_the_same_in_any_company(isa: str, name: str) -> None:
+    """Every tile size, several tiles, and what is left over; rows of two formats in one weight."""
+    kernels = KERNELS[isa]
+    raw, more = random_raw(name, 83, 512), random_raw("Q8_0", 20, 512)
+    weight = kernels.pack(file_of(a=(name, raw), b=("Q8_0", more)), ["a", "b"])
+    x_TI, residual_TO = normal(40, 512), normal(40, 103, seed=3)
+    alone = [kernels.matmul(x_TI[t : t + 1], weight, residual_TO[t : t + 1]) for t in range(40)]
+    expected = torch.cat(alone)
+    for tokens in (2, 3, 5, 7, 8, 12, 13, 25, 40):
+        found = kernels.matmul(x_TI[:tokens], weight, residual_TO[:tokens])
+        assert torch.equal(found, expected[:tokens]), tokens
+        last = kernels.matmul(x_TI[-tokens:], weight, residual_TO[-tokens:])
+        assert torch.equal(last, expected[-tokens:]), tokens
+
+
+def everything(kernels: CPUKernels) -> list[torch.Tensor]:
+    """A result of each kernel, large enough to be shared out."""
+    weight = kernels.pack(file_of(w=("Q4_K", random_raw("Q4_K", 300, 512))), ["w"])
+    heads = Heads(6, 2, 64, 64)
+    runs = [(0, 0, 70), (1, 529, 1), (2, 250, 9), (3, 100, 2)]
+    index, pages = index_of(heads, runs, SLOTS), random_pages(heads, SLOTS, requests=4)
+    qkv_TX = normal(82, 10 * 64)
+    turned = kernels.rotate_and_store(qkv_TX, index, pages)
+    return [
+        *(kernels.matmul(normal(tokens, 512), weight) for tokens in (1, 2, 40)),
+        kernels.embed(weight, torch.arange(300)),
+        kernels.rms_norm(normal(100, 512), normal(512, seed=3), 1e-5),
+        kernels.gated_silu(normal(100, 512)),
+        turned,
+        pages.k_PGDS,
+        pages.v_PGSD,
+        kernels.attention(turned, index, pages),
+        kernels.attention(turned, index, pages, window=33),
+    ]
+
+
+@on_every_instruction_set
+def test_two_threads_give_the_bits_of_one(isa: str) -> None:
+    """Several times over: who computes what is never the same twice."""
+    use_threads(1)
+    expected = everything(KERNELS[isa])
+    for threads in (2, 3, 2):
+        use_threads(threads)
+        for found, wanted in zip(everything(KERNELS[isa]), expected, strict=True):
+            assert torch.equal(found, wanted), threads
+
+
+@on_every_instruction_set
+@pytest.mark.parametrize("window", [0, 20, 300])
+@pytest.mark.parametrize("heads", SHARINGS, ids=lambda h: f"{h.heads}-{h.kv_heads}-{h.dim}")
+def test_attention_of_a_chunk_is_that_of_its_tokens(isa: str, window: int, heads: Heads) -> None:
+    kernels, pages = KERNELS[isa], random_pages(heads, SLOTS)
+    q_TX = normal(SLOTS, heads.heads * heads.dim)
+
+    def attended(start: int, stop: int) -> torch.Tensor:
+        index = index_of(heads, [(0, start, stop - start)], SLOTS)
+        return kernels.attention(q_TX[start:stop].contiguous(), index, pages, window)
+
+    whole = attended(0, SLOTS)
+    assert whole.isfinite().all()
+    for position in NEAR_BORDERS:
+        found = attended(position, position + 1)
+        assert torch.equal(found, whole[position : position + 1]), position
+    for start, stop in [(0, 2), (254, 258), (250, 257), (255, 319), (192, 256), (100, SLOTS)]:
+        assert torch.equal(attended(start, stop), whole[start:stop]), (start, stop)
+
+
+@on_every_instruction_set
+def test_attention_does_not_see_who_else_is_in_the_batch(isa: str) -> None:
+    """Prompts and decoded tokens of eight requests whose pages lie criss-cross."""
+    heads, slots = Heads(6, 2, 64), 300
+    kernels, pages = KERNELS[isa], random_pages(heads, slots, requests=8)
+    runs = [(r, 37 * r, 1 if r % 2 else 3 + 5 * r) for r in range(8)]
+    q_TX = normal(sum(tokens for *_, tokens in runs), heads.heads * heads.dim)
+    together = kernels.attention(q_TX, index_of(heads, runs, slots), pages)
+    first = 0
+    for number, (_, start, tokens) in enumerate(runs):
+        index = index_of(heads, [(7, 0, 1), (number, start, tokens)], slots)
+        q_own = torch.cat(
+            (normal(1, heads.heads * heads.dim, seed=9), q_TX[first : first + tokens])
+        )
+        assert torch.equal(kernels.attention(q_own, index, pages)[1:], together[first:][:tokens])
+        first += tokens
+
+
+@on_every_instruction_set
+@pytest.mark.parametrize("tokens", [1, 2, 13])
+def test_blocks_in_one_call_are_their_kernels_one_by_one(isa: str, tokens: int) -> None:
+    kernels, heads = KERNELS[isa], Heads(4, 2, 64, 64)
+
+    def weight(name: str, rows: int, cols: int, seed: int) -> Weight:
+        return kernels.pack(file_of(w=(name, random_raw(name, rows, cols, seed))), ["w"])
+
+    weights = [
+        BlockWeights(
+            attn_norm_I=normal(256, seed=seed),
+            qkv=weight("Q5_K", 512, 256, seed),
+            attn_output=weight("Q4_0", 256, 256, seed),
+            ffn_norm_I=normal(256, seed=seed + 10),
+            gate_up=weight("Q6_K", 200, 256, seed),
+            ffn_down=weight("F16", 256, 100, seed),
+            eps=1e-5,
+            window=7 * seed,
+        )
+        for seed in range(3)
+    ]
+    pages = [random_pages(heads, 32, seed=seed) for seed in range(3)]
+    again = [random_pages(heads, 32, seed=seed) for seed in range(3)]
+    index, x_TI = index_of(heads, [(0, 10, tokens)], 32), normal(tokens, 256)
+    found = kernels.layers(weights, pages).run(x_TI, index)
+    expected = ComposedLayers(kernels, weights, again).run(x_TI, index)
+    assert expected.isfinite().all()
+    assert torch.equal(found, expected)
+    for one, other in zip(pages, again, strict=True):
+        assert torch.equal(one.k_PGDS, other.k_PGDS)
+        assert torch.equal(one.v_PGSD, other.v_PGSD)
+
+
+def tiny(name: str) -> GGUFFile:
+    """A model of five layers whose matrices are all of that format."""
+    size = 256 if name.endswith(("_K", "_XS")) else 64
+    heads = {"heads": 6, "hidden": 96} if name in FLOATS else {"hidden": size}
+    return GGUFFile.from_bytes(tiny_llama(layers=5, quant=name, ffn=size, **heads))
+
+
+def tokens_for(count: int, seed: int) -> list[int]:
+    """Token ids that every vocabulary has."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 200, (count,), generator=generator).tolist()
+
+
+@in_every_format
+def test_logits_are_the_same_for_any_stages_and_chunks(name: str) -> None:
+    file, tokens = tiny(name), tokens_for(70, seed=1)
+    expected = chunked_logits(load_stages(file, 1), tokens, 512)
+    assert expected.isfinite().all()
+    for stages in (2, 3, 5):
+        assert torch.equal(chunked_logits(load_stages(file, stages), tokens, 512), expected), stages
+    for chunk in (1, 7, 64):
+        assert torch.equal(chunked_logits(load_stages(file, 1), tokens, chunk), expected), chunk
+
+
+@pytest.mark.parametrize("name", ["F16", "Q4_1", "Q6_K"])
+def test_logits_of_a_long_prompt_are_the_same_for_any_chunks(name: str) -> None:
+    """Over the border of a block of slots, at 256, and of the longest chunk, at 512."""
+    file, tokens = tiny(name), tokens_for(520, seed=2)
+    expected = chunked_logits(load_stages(file, 2), tokens, 512)
+    for chunk in (1, 7, 64):
+        assert torch.equal(chunked_logits(load_stages(file, 2), tokens, chunk), expected), chunk
+
+
+@in_every_format
+def test_logits_are_the_same_alone_and_in_a_batch_of_eight(name: str) -> None:
+    file = tiny(name)
+    prompts = [tokens_for(3 + 5 * number, seed=number) for number in range(8)]
+    alone = [chunked_logits(load_stages(file, 2), prompt, 512)[-1] for prompt in prompts]
+    stages = load_stages(file, 2)
+    for number, prompt in enumerate(prompts):
+        open_request(stages, number, [number + 8 * page for page in range(3)])
+        logits(stages, [Segment(number, 0, prompt[:-1])])
+    last = [Segment(number, len(p) - 1, p[-1:]) for number, p in enumerate(prompts)]
+    assert torch.equal(logits(stages, last), torch.stack(alone))
+
+
+POINTWISE: dict[str, Callable[[CPUKernels, torch.Tensor], torch.Tensor]] = {
+    "rms_norm": lambda kernels, x: kernels.rms_norm(x, normal(x.shape[1], seed=3), 1e-5),
+    "gated_silu": lambda kernels, x: kernels.gated_silu(x),
+}
+
+
+@on_every_instruction_set
+@pytest.mark.parametrize("kernel", POINTWISE)
+def test_rows_of_norms_and_gates_are_the_same_in_any_company(isa: str, kernel: str) -> None:
+    x = normal(50, 1000)
+    together = POINTWISE[kernel](KERNELS[isa], x)
+    for t in (0, 17, 49):
+        alone = POINTWISE[kernel](KERNELS[isa], x[t : t + 1].contiguous())
+        assert torch.equal(alone, together[t : t + 1]), t

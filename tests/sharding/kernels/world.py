@@ -1,0 +1,103 @@
+"""Small matrices, pages and batches for the kernels' tests. Not here: what is expected of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sharding.batch import PAGE_SLOTS, Segment
+from sharding.gguf.reader import GGUFFile
+from sharding.kernels.cpu import INSTRUCTION_SETS, CPUKernels
+from sharding.model.arch import Family, ModelShape
+from sharding.model.attention import BatchIndex, build_index
+from sharding.model.kv_cache import LayerPages
+from tests.sharding.kernels.bounds import ARITHMETIC, BY_NAME
+from tests.tiny_gguf import write_gguf
+
+KERNELS = {name: CPUKernels(name) for name in INSTRUCTION_SETS}
+FORMAT_NAMES = tuple(ARITHMETIC)
+FLOATS = ("F32", "F16", "BF16")
+
+
+def random_raw(name: str, rows: int, cols: int, seed: int = 0) -> NDArray[np.uint8]:
+    """Rows of random weights of about 1, uint8 `[rows, row_bytes]`.
+
+    Quantised ones are random bytes but for their scales, among which are negative, zero and
+    subnormal ones.
+    """
+    rng = np.random.default_rng(seed)
+    if name in FLOATS:
+        values = rng.standard_normal((rows, cols), np.float32)
+        if name == "F32":
+            return values.view(np.uint8)
+        return (values.astype(np.float16) if name == "F16" else _upper_halves(values)).view(
+            np.uint8
+        )
+    format, how = BY_NAME[name], ARITHMETIC[name]
+    units = rng.integers(
+        0, 256, (rows * cols // format.block_elements, format.block_bytes), np.uint8
+    )
+    for at in (how.d_at, how.m_at):
+        if at is not None:
+            scales = rng.normal(0, 1 / (16 * how.scale_most), (len(units), 1)).astype(np.float16)
+            scales[rng.random(len(units)) < 0.05] = rng.choice([0.0, 1e-7, -3e-6])
+            units[:, at : at + 2] = scales.view(np.uint8)
+    return units.reshape(rows, format.row_bytes(cols))
+
+
+def _upper_halves(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    return (values.view(np.uint32) >> 16).astype(np.uint16)
+
+
+def file_of(**tensors: tuple[str, NDArray[np.uint8]]) -> GGUFFile:
+    """A GGUF file of these (format, rows of bytes)."""
+    table = {}
+    for name, (format_name, raw) in tensors.items():
+        format = BY_NAME[format_name]
+        cols = raw.shape[1] // format.block_bytes * format.block_elements
+        table[name] = (raw, (cols, len(raw)), format_name)
+    return GGUFFile.from_bytes(write_gguf({}, table))
+
+
+def normal(*shape: int, seed: int = 1) -> torch.Tensor:
+    """Activations."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Query heads, kv heads, head dim; `rope_dims` of it turn, in the pairs of `pairs`."""
+
+    heads: int
+    kv_heads: int
+    dim: int
+    rope_dims: int = 2
+    pairs: str = "adjacent"
+
+
+def index_of(heads: Heads, runs: Sequence[tuple[int, int, int]], slots: int) -> BatchIndex:
+    """A batch of runs (request, first position, tokens). Every request has pages for so many slots,
+    those of neighbours lying criss-cross."""
+    requests = 1 + max(request for request, *_ in runs)
+    count = -(-slots // PAGE_SLOTS)
+    tables = {r: torch.arange(count).flip(0) * requests + r for r in range(requests)}
+    segments = [Segment(request, start, [0] * tokens) for request, start, tokens in runs]
+    family = Family("test", heads.pairs)
+    shape = ModelShape(
+        family, "test", 1, 1, 1, heads.heads, heads.kv_heads, heads.dim, 1, 1, 1e-5, 1e4, 1.0,
+        heads.rope_dims,
+    )  # fmt: skip
+    freqs_R = torch.linspace(1, 0.01, heads.rope_dims // 2, dtype=torch.float64)
+    return build_index(segments, tables, shape, freqs_R)
+
+
+def random_pages(heads: Heads, slots: int, requests: int = 1, seed: int = 2) -> LayerPages:
+    """Pages full of keys and values of about 1, for requests of so many slots."""
+    pages = -(-slots // PAGE_SLOTS) * requests
+    k_PGDS = normal(pages, heads.kv_heads, heads.dim, PAGE_SLOTS, seed=seed).half()
+    v_PGSD = normal(pages, heads.kv_heads, PAGE_SLOTS, heads.dim, seed=seed + 1).half()
+    return LayerPages(k_PGDS, v_PGSD)
