@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.placement import cpus_per_stage, devices_of
+from actors.placement import cpus_per_stage, devices_of, threads_of
 from actors.stage_actor import NodeFacts
 
 
@@ -31,3 +31,16 @@ def test_stages_of_one_node_share_its_memory() -> None:
     assert sizes[0] == sizes[1] < sizes[2]
     assert sizes[0] + sizes[1] <= 1000
     assert sizes[2] <= 900
+
+
+@pytest.mark.parametrize(
+    ("hosts", "cpus", "threads"),
+    [("aa", 1, [2, 2]), ("ab", 1, [1, 1]), ("aab", 4, [8, 8, 4]), ("aaa", 1 / 3, [1, 1, 1])],
+)
+def test_a_stage_computes_on_the_cores_of_its_node_s_stages(
+    hosts: str, cpus: float, threads: list[int]
+) -> None:
+    """One request has its stages work in turn: a stage that left its neighbour's core idle would
+    make a lone user wait twice as long."""
+    facts = [NodeFacts(host, host, 1000) for host in hosts]
+    assert [threads_of(facts, cpus, stage) for stage in range(len(hosts))] == threads

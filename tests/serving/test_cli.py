@@ -169,3 +169,32 @@ def test_a_port_in_use_is_refused_before_ray_starts(model: Path) -> None:
     assert done.returncode == 2
     assert str(port) in done.stderr
     assert "choose another --port" in done.stderr
+
+
+def without_compiled_kernels(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run the command as where no C++ compiler was when Longspan was installed."""
+    script = (
+        "import sys; sys.modules['sharding.kernels._cpu'] = None; "
+        "from serving.cli import main; main()"
+    )
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_without_a_compiler_the_reference_computes_and_says_so(model: Path) -> None:
+    done = without_compiled_kernels("generate", model, "--prompt", "a", "--max-tokens", 2, "--json")
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["token_ids"]) == 2
+    assert "the CPU kernels were not built" in done.stderr
+
+
+def test_compiled_kernels_that_are_missing_are_not_silently_replaced(model: Path) -> None:
+    done = without_compiled_kernels("generate", model, "--prompt", "a", "--kernels", "cpu")
+    assert done.returncode == 1
+    assert "--kernels reference" in done.stderr
+
+
+def test_an_unknown_kernel_set_is_refused_with_those_that_exist(model: Path) -> None:
+    done = longspan("bench", model, "--kernels", "warp")
+    assert done.returncode == 1
+    assert "there are: auto, cpu, reference" in done.stderr
