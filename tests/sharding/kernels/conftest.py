@@ -22,13 +22,14 @@ if wanted := os.environ.get("LONGSPAN_CPU_MODULE"):
     sys.modules[_NAME] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[_NAME])
 
-from sharding.kernels import _cpu  # noqa: E402
-from sharding.kernels.cpu import use_threads  # noqa: E402
-
 
 @pytest.fixture(autouse=True)
 def threads_as_before() -> Iterator[None]:
     """A test may compute on as many threads as it likes."""
+    # Here, since the lines above must come first.
+    from sharding.kernels import _cpu
+    from sharding.kernels.cpu import use_threads
+
     before = _cpu.threads()
     yield
     use_threads(before)
