@@ -190,11 +190,11 @@ def test_without_a_compiler_the_reference_computes_and_says_so(model: Path) -> N
 
 def test_compiled_kernels_that_are_missing_are_not_silently_replaced(model: Path) -> None:
     done = without_compiled_kernels("generate", model, "--prompt", "a", "--kernels", "cpu")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "--kernels reference" in done.stderr
 
 
 def test_an_unknown_kernel_set_is_refused_with_those_that_exist(model: Path) -> None:
     done = longspan("bench", model, "--kernels", "warp")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "there are: auto, cpu, reference" in done.stderr
