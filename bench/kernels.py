@@ -134,7 +134,7 @@ class Cases:
         )
 
     def _matmul_work(self, format: str, shape: Shape, tokens: int) -> Work:
-        weights = packed_copies(format, shape)
+        weights = packed_copies(self._kernels, format, shape)
         x_TI = torch.randn(tokens, shape[1])
         calls = [partial(self._kernels.matmul, x_TI, weight) for weight in weights]
         count = shape[0] * shape[1]
@@ -185,7 +185,7 @@ class Cases:
         return Work([partial(self._kernels.rotate_and_store, qkv_TX, index, pages)], qkv_TX.nbytes)
 
     def _embed_work(self, tokens: int) -> Work:
-        weights = packed_copies("Q4_K", (32000, 4096))
+        weights = packed_copies(self._kernels, "Q4_K", (32000, 4096))
         ids_T = torch.randint(32000, (tokens,))
         calls = [partial(self._kernels.embed, weight, ids_T) for weight in weights]
         return Work(calls, tokens * weights[0].n_bytes // weights[0].rows)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from sharding.batch import PAGE_SLOTS, Segment
 from sharding.gguf.quants import FORMATS
 from sharding.kernels import _cpu
+from sharding.kernels.cpu import CPUKernels
 from sharding.model.arch import read_shape
 from sharding.model.attention import BatchIndex, build_index
 from sharding.model.kv_cache import LayerPages, PageStore
@@ -48,14 +49,15 @@ def raw_rows(format: str, shape: Shape) -> NDArray[np.uint8]:
 
 
 @lru_cache(maxsize=2)
-def packed_copies(format: str, shape: Shape) -> tuple[_cpu.Weight, ...]:
+def packed_copies(kernels: CPUKernels, format: str, shape: Shape) -> tuple[_cpu.Weight, ...]:
     """Copies of a packed matrix. The last two answers are kept: a format and Q4_1 beside it."""
     raw = raw_rows(format, shape)
-    return tuple(_packed(_TYPE_IDS[format], shape, raw) for _ in range(copies_for(raw.nbytes)))
+    copies = range(copies_for(raw.nbytes))
+    return tuple(_packed(kernels, _TYPE_IDS[format], shape, raw) for _ in copies)
 
 
-def _packed(type_id: int, shape: Shape, raw: NDArray[np.uint8]) -> _cpu.Weight:
-    weight = _cpu.Weight(shape[1])
+def _packed(kernels: CPUKernels, type_id: int, shape: Shape, raw: NDArray[np.uint8]) -> _cpu.Weight:
+    weight = _cpu.Weight(shape[1], kernels.native)
     weight.append(type_id, shape[0], raw.ctypes.data, raw.shape[1])
     return weight
 

@@ -36,14 +36,14 @@ INSTRUCTION_SETS: tuple[str, ...] = tuple(_cpu.instruction_sets())
 class CPUKernels:
     """See the contract in `sharding/kernels/__init__.py`.
 
-    `instruction_set` is one of `INSTRUCTION_SETS`; all of them read the same packed weights.
+    `instruction_set` is one of `INSTRUCTION_SETS`. Each packs weights in its own order.
     """
 
     name = "cpu"
 
     def __init__(self, instruction_set: str = INSTRUCTION_SETS[0]) -> None:
         self.instruction_set = instruction_set
-        self._native = _cpu.Kernels(instruction_set)
+        self.native = _cpu.Kernels(instruction_set)
 
     def pack(self, file: GGUFFile, names: Sequence[str]) -> Weight:
         """Repack straight from the mapped file, panel by panel on all threads."""
@@ -53,7 +53,7 @@ class CPUKernels:
                 raise UnsupportedModelError(
                     f"tensor {info.name} has quantisation {info.format.name}, which is not computed"
                 )
-        weight = _cpu.Weight(infos[0].cols)
+        weight = _cpu.Weight(infos[0].cols, self.native)
         for info in infos:
             raw = file.raw(info.name)
             assert raw.flags.c_contiguous and len(raw) == info.rows, info.name
@@ -65,7 +65,7 @@ class CPUKernels:
         if len(ids_T) and not 0 <= int(ids_T.min()) <= int(ids_T.max()) < weight.rows:
             raise IndexError(f"a row outside [0, {weight.rows})")
         y_TI = torch.empty(len(ids_T), weight.cols)
-        self._native.embed(_own(weight), ids_T.data_ptr(), len(ids_T), y_TI.data_ptr())
+        self.native.embed(_own(weight), ids_T.data_ptr(), len(ids_T), y_TI.data_ptr())
         return y_TI
 
     def matmul(
@@ -79,7 +79,7 @@ class CPUKernels:
         if residual_TO is not None:
             assert residual_TO.shape == y_TO.shape, residual_TO.shape
             residual = _address(residual_TO)
-        self._native.matmul(_address(x_TI), tokens, _own(weight), residual, y_TO.data_ptr())
+        self.native.matmul(_address(x_TI), tokens, _own(weight), residual, y_TO.data_ptr())
         return y_TO
 
     def rms_norm(self, x_TI: torch.Tensor, scale_I: torch.Tensor, eps: float) -> torch.Tensor:
@@ -88,7 +88,7 @@ class CPUKernels:
         assert len(scale_I) == width, scale_I.shape
         y_TI = torch.empty(tokens, width)
         scale = _address(scale_I)
-        self._native.rms_norm(_address(x_TI), tokens, width, scale, eps, y_TI.data_ptr())
+        self.native.rms_norm(_address(x_TI), tokens, width, scale, eps, y_TI.data_ptr())
         return y_TI
 
     def rotate_and_store(
@@ -101,7 +101,7 @@ class CPUKernels:
         assert 2 * index.cos_TR.shape[1] <= pages.head_dim, index.cos_TR.shape
         q_TX = torch.empty(tokens, heads * pages.head_dim)
         batch, native = _native_batch(index), _native_pages(heads, pages)
-        self._native.rotate_and_store(_address(qkv_TX), batch, native, q_TX.data_ptr())
+        self.native.rotate_and_store(_address(qkv_TX), batch, native, q_TX.data_ptr())
         return q_TX
 
     def attention(
@@ -113,14 +113,14 @@ class CPUKernels:
         assert heads * pages.head_dim == width and tokens == len(index.page_T), q_TX.shape
         y_TX = torch.empty(tokens, width)
         batch, native = _native_batch(index), _native_pages(heads, pages)
-        self._native.attention(_address(q_TX), batch, native, window, y_TX.data_ptr())
+        self.native.attention(_address(q_TX), batch, native, window, y_TX.data_ptr())
         return y_TX
 
     def gated_silu(self, gate_up_T2F: torch.Tensor) -> torch.Tensor:
         """The first half of the columns is the gate."""
         tokens, width = gate_up_T2F.shape
         y_TF = torch.empty(tokens, width // 2)
-        self._native.gated_silu(_address(gate_up_T2F), tokens, width // 2, y_TF.data_ptr())
+        self.native.gated_silu(_address(gate_up_T2F), tokens, width // 2, y_TF.data_ptr())
         return y_TF
 
     def layers(self, weights: Sequence[BlockWeights], pages: Sequence[LayerPages]) -> CPULayers:
@@ -134,11 +134,10 @@ class CPULayers:
     def __init__(
         self, kernels: CPUKernels, weights: Sequence[BlockWeights], pages: Sequence[LayerPages]
     ) -> None:
-        self._kernels = kernels._native
         # The C++ keeps addresses; these keep what lies there.
         self._kept = tuple(weights), tuple(pages)
         self._hidden = weights[0].qkv.cols
-        self._layers = _cpu.Layers()
+        self._layers = _cpu.Layers(kernels.native)
         for block, held in zip(weights, pages, strict=True):
             self._append(block, held)
 
@@ -166,9 +165,7 @@ class CPULayers:
         assert x_TI.shape == (len(index.page_T), self._hidden), x_TI.shape
         assert 2 * index.cos_TR.shape[1] <= self._kept[1][0].head_dim, index.cos_TR.shape
         y_TI = torch.empty_like(x_TI)
-        self._kernels.run_layers(
-            self._layers, _address(x_TI), _native_batch(index), y_TI.data_ptr()
-        )
+        self._layers.run(_address(x_TI), _native_batch(index), y_TI.data_ptr())
         return y_TI
 
 

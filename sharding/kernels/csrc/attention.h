@@ -15,6 +15,7 @@ constexpr int BLOCK_SLOTS = 256;
 constexpr int PAGE = 16;
 constexpr int BLOCK_PAGES = BLOCK_SLOTS / PAGE;
 constexpr int ROW_TILE = TILE_TOKENS;
+constexpr int GROUP_BYTES = 1 << 18;
 constexpr int ROWS_A_TASK = 48;  // queries that meet a block once it is expanded to float32
 
 // A softmax over some slots: the largest score, and the sum of e^(score - largest).
@@ -22,12 +23,30 @@ struct Partial {
     float most, total;
 };
 
+// What will be read after a block: pieces of memory one after the other, fetched line by line while
+// the block is computed. From one end to the other, so that the hardware, which does not see from
+// page to page, sees the run within one. Into the second-level cache.
+struct Ahead {
+    const uint8_t* pieces[BLOCK_PAGES];
+    size_t piece_bytes = 0, at = 0;
+    int piece = 0, stop = 0;
+
+    void fetch() {
+        if (piece == stop) return;
+        __builtin_prefetch(pieces[piece] + at, 0, 2);
+        at += 64;
+        if (at >= piece_bytes) {
+            at = 0;
+            ++piece;
+        }
+    }
+};
+
 // y[t][p] = sum over k of x[t * t_step + k * k_step] * w[k][p]; one chain each, k after k. Halves
-// are read from memory: `ahead` is what will be read next, in the same steps.
+// are read from memory: as many bytes are fetched ahead.
 template <int ROWS, int PANELS, bool HALF>
 inline void products(const float* x, int t_step, int k_step, const void* const (&w)[PANELS],
-                     const uint16_t* const (&ahead)[PANELS], int w_step, int n,
-                     V (&y)[ROWS][PANELS]) {
+                     Ahead* ahead, int w_step, int n, V (&y)[ROWS][PANELS]) {
     for (int t = 0; t < ROWS; ++t)
         for (int p = 0; p < PANELS; ++p) y[t][p] = zero();
     for (int k = 0; k < n; ++k) {
@@ -36,9 +55,8 @@ inline void products(const float* x, int t_step, int k_step, const void* const (
             if constexpr (HALF) a[p] = load_f16(static_cast<const uint16_t*>(w[p]) + k * w_step);
             else a[p] = load(static_cast<const float*>(w[p]) + k * w_step);
         }
-        // Pages lie apart, so the hardware does not see what comes.
         if constexpr (HALF)
-            for (int p = 0; p < PANELS; ++p) __builtin_prefetch(ahead[p] + k * w_step);
+            for (int p = k % 2; p < PANELS; p += 2) ahead->fetch();
         for (int t = 0; t < ROWS; ++t) {
             const V b = splat(x[t * t_step + k * k_step]);
             for (int p = 0; p < PANELS; ++p) y[t][p] = fma(a[p], b, y[t][p]);
@@ -56,8 +74,8 @@ constexpr int panels_for(int rows) {
 struct Block {
     int start, slots;  // first slot, and how many are written
     const uint16_t *keys[BLOCK_PAGES], *values[BLOCK_PAGES];
-    const uint16_t* next_keys[BLOCK_PAGES];  // of the block that this thread will likely take next
-    const float *wide_keys, *wide_values;    // [page][dim][16] and [slot][padded dim], or null
+    Ahead ahead_keys, ahead_values;
+    const float *wide_keys, *wide_values;  // [page][dim][16] and [slot][padded dim], or null
     int dim, padded;
     bool finite;  // whether all values are: 0 * infinity would not be 0
 };
@@ -73,18 +91,17 @@ struct Queries {
 template <int ROWS>
 inline void block_scores(const Block& block, const Queries& q, int pages, float* scores) {
     constexpr int wide = panels_for(ROWS);
+    Ahead ahead = block.ahead_keys;
     const auto some = [&]<int PANELS>(int page) {
         const void* at[PANELS];
-        const uint16_t* values[PANELS];
-        for (int p = 0; p < PANELS; ++p) values[p] = block.values[page + p];
         V y[ROWS][PANELS];
         if (block.wide_keys) {
             for (int p = 0; p < PANELS; ++p)
                 at[p] = block.wide_keys + (page + p) * block.dim * PAGE;
-            products<ROWS, PANELS, false>(q.x, 1, ROWS, at, values, PAGE, block.dim, y);
+            products<ROWS, PANELS, false>(q.x, 1, ROWS, at, nullptr, PAGE, block.dim, y);
         } else {
             for (int p = 0; p < PANELS; ++p) at[p] = block.keys[page + p];
-            products<ROWS, PANELS, true>(q.x, 1, ROWS, at, values, PAGE, block.dim, y);
+            products<ROWS, PANELS, true>(q.x, 1, ROWS, at, &ahead, PAGE, block.dim, y);
         }
         for (int t = 0; t < ROWS; ++t)
             for (int p = 0; p < PANELS; ++p)
@@ -124,13 +141,13 @@ inline Partial block_softmax(float* scores, int pages, int from, int last) {
 template <int ROWS>
 inline void block_mix(const Block& block, const float* weights, int slots, float* y) {
     constexpr int wide = panels_for(ROWS);
+    Ahead ahead = block.ahead_values;
     const auto some = [&]<int PANELS>(int d) {
         V sums[ROWS][PANELS];
         const void* at[PANELS];
         if (block.wide_values) {
             for (int p = 0; p < PANELS; ++p) at[p] = block.wide_values + d + p * LANES;
-            const uint16_t* const nothing[PANELS] = {};
-            products<ROWS, PANELS, false>(weights, BLOCK_SLOTS, 1, at, nothing, block.padded, slots,
+            products<ROWS, PANELS, false>(weights, BLOCK_SLOTS, 1, at, nullptr, block.padded, slots,
                                           sums);
         } else {
             for (int t = 0; t < ROWS; ++t)
@@ -139,8 +156,7 @@ inline void block_mix(const Block& block, const float* weights, int slots, float
                 const uint16_t* value = block.values[s / PAGE] + s % PAGE * block.dim + d;
                 V a[PANELS];
                 for (int p = 0; p < PANELS; ++p) a[p] = load_f16(value + p * LANES);
-                const uint16_t* next = block.next_keys[s / PAGE] + s % PAGE * block.dim + d;
-                for (int p = 0; p < PANELS; p += 2) __builtin_prefetch(next + p * LANES);
+                for (int p = s % 2; p < PANELS; p += 2) ahead.fetch();
                 for (int t = 0; t < ROWS; ++t) {
                     const V b = splat(weights[t * BLOCK_SLOTS + s]);
                     for (int p = 0; p < PANELS; ++p) sums[t][p] = fma(a[p], b, sums[t][p]);
@@ -168,8 +184,8 @@ inline void row_mix(const Block& block, const float* weights, int from, int last
 
 // The parts of a tile's rows in a block: y [ROWS][padded].
 template <int ROWS>
-inline void block_parts(const Block& block, const Queries& q, float* scores, Partial* parts,
-                        float* y) {
+__attribute__((noinline)) void block_parts(const Block& block, const Queries& q, float* scores,
+                                           Partial* parts, float* y) {
     int last = -1;
     for (int t = 0; t < q.rows; ++t) last = std::max(last, q.last[t] - block.start);
     const int slots = std::min(block.slots, last + 1), pages = (slots + PAGE - 1) / PAGE;
@@ -253,9 +269,38 @@ struct Attended {
             const size_t page = pages->at(segment->table[index * BLOCK_PAGES + p], kv_head);
             b.keys[p] = pages->keys + page;
             b.values[p] = pages->values + page;
-            b.next_keys[p] = b.keys[p];
         }
         return b;
+    }
+
+    // Kv heads whose blocks are fetched as one: a quarter of a second-level cache, ours and the
+    // next.
+    int group() const {
+        const int head_bytes = BLOCK_SLOTS * pages->dim * 2 * static_cast<int>(sizeof(uint16_t));
+        return std::clamp(GROUP_BYTES / head_bytes, 1, pages->kv_heads);
+    }
+
+    // While each head of a group of a block is computed, its share of the next group is fetched.
+    void look_ahead(Block& block) const {
+        const int size = group(), heads = pages->kv_heads;
+        int next = (kv_head / size + 1) * size, index = block.start / BLOCK_SLOTS;
+        if (next >= heads) {
+            next = 0;
+            ++index;
+        }
+        const int slots = std::min(BLOCK_SLOTS, last(rows() - 1) + 1 - index * BLOCK_SLOTS);
+        if (slots <= 0) return;
+        const int count = (slots + PAGE - 1) / PAGE, mine = kv_head % size;
+        const int fetched = std::min(size, heads - next);
+        const auto share = [&](Ahead& ahead, const uint16_t* of) {
+            ahead.piece_bytes = static_cast<size_t>(fetched) * PAGE * pages->dim * sizeof(uint16_t);
+            ahead.piece = 0;
+            for (int p = count * mine / size; p < count * (mine + 1) / size; ++p)
+                ahead.pieces[ahead.stop++] = reinterpret_cast<const uint8_t*>(
+                    of + pages->at(segment->table[index * BLOCK_PAGES + p], next));
+        };
+        share(block.ahead_keys, pages->keys);
+        share(block.ahead_values, pages->values);
     }
 
     void finish(int row, const Partial& sum, const float* mixed) const {
@@ -354,11 +399,7 @@ inline void attend_block(const Attended& a, int index, Partial* parts, float* y)
     Queries q;
     a.queries(0, rows, size, x, q);
     Block block = a.block(index, a.last(rows - 1));
-    const int last_slot = a.last(rows - 1), next = index + 1;
-    if (next * BLOCK_SLOTS <= last_slot) {
-        const Block following = a.block(next, last_slot);
-        std::copy_n(following.keys, (following.slots + PAGE - 1) / PAGE, block.next_keys);
-    }
+    a.look_ahead(block);
     // An infinity must not reach a token that does not see it, earlier or beyond its window: look
     // at the values.
     if (dim % LANES || a.window || rows > a.shared()) widen(block, memory);
@@ -379,6 +420,8 @@ inline void attention(const float* q, const std::vector<Segment>& segments, cons
     singles.clear();
     int slots = 0;
     for (const Segment& segment : segments) {
+        const size_t first_single = singles.size();
+        int from = 0, stop = 0;
         for (int g = 0; g < pages.kv_heads; ++g) {
             const Attended a{q, &segment, &pages, g, window, padded, y};
             const int rows = a.rows();
@@ -389,11 +432,14 @@ inline void attention(const float* q, const std::vector<Segment>& segments, cons
                     tasks.push_back({a, first, std::min(rows, first + ROWS_A_TASK), -1});
                 continue;
             }
-            const int from = a.from(0) / BLOCK_SLOTS, stop = a.last(rows - 1) / BLOCK_SLOTS + 1;
+            from = a.from(0) / BLOCK_SLOTS, stop = a.last(rows - 1) / BLOCK_SLOTS + 1;
             singles.push_back({a, from, stop, slots});
-            for (int index = from; index < stop; ++index)
-                tasks.push_back({a, index, index + 1, slots++});
+            slots += stop - from;
         }
+        // Block by block, as pages lie in memory: a page has all kv heads.
+        for (int index = from; index < stop; ++index)
+            for (size_t i = first_single; i < singles.size(); ++i)
+                tasks.push_back({singles[i].a, index, index + 1, singles[i].slot + index - from});
     }
     const size_t part_floats = static_cast<size_t>(ROW_TILE) * padded;
     const size_t parts_floats =

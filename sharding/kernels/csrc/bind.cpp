@@ -32,8 +32,10 @@ std::vector<const Ops*> available() {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                       __builtin_cpu_supports("f16c");
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+        if (__builtin_cpu_supports("avx512vnni")) found.push_back(&avx512_vnni_ops());
         found.push_back(&AVX512_OPS);
+    }
     if (avx2) found.push_back(&AVX2_OPS);
 #endif
     found.push_back(&PORTABLE_OPS);
@@ -46,13 +48,21 @@ const Ops& find(const std::string& name) {
     throw std::invalid_argument("this processor does not run " + name);
 }
 
-struct Layers {
-    std::vector<Layer> all;
-};
-
 struct Kernels {
     const Ops& ops;
     explicit Kernels(const std::string& isa) : ops(find(isa)) {}
+};
+
+void check_order(const Ops& ops, const Weight& weight) {
+    if (ops.order != weight.order())
+        throw std::invalid_argument("a weight that was packed for another instruction set");
+}
+
+// The blocks of a stage.
+struct Layers {
+    const Ops& ops;
+    std::vector<Layer> all;
+    explicit Layers(const Kernels& kernels) : ops(kernels.ops) {}
 };
 
 Batch make_batch(std::vector<int64_t> sizes, Address cosines, Address sines, Address page,
@@ -78,14 +88,16 @@ void bind_kernels(nb::class_<Kernels> kernels) {
         "matmul",
         [](const Kernels& self, Address x, int tokens, const Weight& weight, Address residual,
            Address y) {
-            self.ops.matmul(at<float>(x), tokens, weight, nullptr, at<float>(residual),
-                            at<float>(y));
+            check_order(self.ops, weight);
+            matmul(self.ops, at<float>(x), tokens, weight, nullptr, at<float>(residual),
+                   at<float>(y));
         },
         Release());
     kernels.def(
         "embed",
         [](const Kernels& self, const Weight& weight, Address ids, int tokens, Address y) {
-            self.ops.embed(weight, at<int64_t>(ids), tokens, at<float>(y));
+            check_order(self.ops, weight);
+            embed(self.ops, weight, at<int64_t>(ids), tokens, at<float>(y));
         },
         Release());
     kernels.def(
@@ -114,12 +126,6 @@ void bind_kernels(nb::class_<Kernels> kernels) {
             self.ops.attention(at<float>(q), batch.segments, pages, window, at<float>(y));
         },
         Release());
-    kernels.def(
-        "run_layers",
-        [](const Kernels& self, const Layers& layers, Address x, const Batch& batch, Address y) {
-            run_layers(self.ops, layers.all, at<float>(x), batch, at<float>(y));
-        },
-        Release());
 }
 
 }  // namespace
@@ -133,8 +139,10 @@ NB_MODULE(_cpu, m) {
     });
     m.def("use_threads", &use_threads, Release());
     m.def("threads", [] { return pool().threads(); });
+    nb::class_<Kernels> kernels(m, "Kernels");
     nb::class_<Weight>(m, "Weight")
-        .def(nb::init<int>())
+        .def("__init__", [](Weight* self, int cols,
+                            const Kernels& kernels) { new (self) Weight(cols, kernels.ops.order); })
         .def(
             "append",
             [](Weight& self, int type, int rows, Address file, size_t row_bytes) {
@@ -155,18 +163,27 @@ NB_MODULE(_cpu, m) {
             new (self) Batch(make_batch(sizes, cosines, sines, page, slot, spans, tables));
         });
     nb::class_<Layers>(m, "Layers")
-        .def(nb::init<>())
-        .def("append", [](Layers& self, Address attention_norm, const Weight& qkv,
-                          const Weight& output, Address ffn_norm, const Weight& gate_up,
-                          const Weight& down, const Pages& pages, int window, float eps) {
-            self.all.push_back({{at<float>(attention_norm), eps},
-                                {at<float>(ffn_norm), eps},
-                                &qkv,
-                                &output,
-                                &gate_up,
-                                &down,
-                                pages,
-                                window});
-        });
-    bind_kernels(nb::class_<Kernels>(m, "Kernels"));
+        .def(nb::init<const Kernels&>())
+        .def("append",
+             [](Layers& self, Address attention_norm, const Weight& qkv, const Weight& output,
+                Address ffn_norm, const Weight& gate_up, const Weight& down, const Pages& pages,
+                int window, float eps) {
+                 for (const Weight* weight : {&qkv, &output, &gate_up, &down})
+                     check_order(self.ops, *weight);
+                 self.all.push_back({{at<float>(attention_norm), eps},
+                                     {at<float>(ffn_norm), eps},
+                                     &qkv,
+                                     &output,
+                                     &gate_up,
+                                     &down,
+                                     pages,
+                                     window});
+             })
+        .def(
+            "run",
+            [](const Layers& self, Address x, const Batch& batch, Address y) {
+                run_layers(self.ops, self.all, at<float>(x), batch, at<float>(y));
+            },
+            Release());
+    bind_kernels(kernels);
 }

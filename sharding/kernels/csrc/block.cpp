@@ -29,14 +29,14 @@ void run_layer(const Ops& ops, const Layer& layer, const Weight* next, const flo
     const Between at(layer, static_cast<size_t>(tokens));
     ops.rms_norm(x, tokens, hidden, layer.attention_norm.scale, layer.attention_norm.eps,
                  at.normed);
-    ops.matmul(at.normed, tokens, *layer.qkv, layer.output, nullptr, at.wide);
+    matmul(ops, at.normed, tokens, *layer.qkv, layer.output, nullptr, at.wide);
     ops.rotate_and_store(at.wide, batch.turn, layer.pages, at.q);
     ops.attention(at.q, batch.segments, layer.pages, layer.window, at.mixed);
-    ops.matmul(at.mixed, tokens, *layer.output, layer.gate_up, x, y);
+    matmul(ops, at.mixed, tokens, *layer.output, layer.gate_up, x, y);
     ops.rms_norm(y, tokens, hidden, layer.ffn_norm.scale, layer.ffn_norm.eps, at.normed);
-    ops.matmul(at.normed, tokens, *layer.gate_up, layer.down, nullptr, at.wide);
+    matmul(ops, at.normed, tokens, *layer.gate_up, layer.down, nullptr, at.wide);
     ops.gated_silu(at.wide, tokens, layer.down->cols(), at.q);
-    ops.matmul(at.q, tokens, *layer.down, next, y, y);
+    matmul(ops, at.q, tokens, *layer.down, next, y, y);
 }
 
 }  // namespace

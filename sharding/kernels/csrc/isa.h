@@ -20,6 +20,7 @@ namespace {
 
 #include LONGSPAN_SIMD
 #include "decode.h"
+#include "target.h"
 #include "matmul.h"
 #include "pointwise.h"
 #include "attention.h"
@@ -27,9 +28,9 @@ namespace {
 }  // namespace
 }  // namespace LONGSPAN_ISA
 
-const Ops LONGSPAN_OPS{LONGSPAN_ISA::ISA_NAME,   LONGSPAN_ISA::matmul,
-                       LONGSPAN_ISA::embed,      LONGSPAN_ISA::rms_norm,
-                       LONGSPAN_ISA::gated_silu, LONGSPAN_ISA::rotate_and_store,
-                       LONGSPAN_ISA::attention};
+const Ops LONGSPAN_OPS{LONGSPAN_ISA::ISA_NAME,         Order::Values,
+                       LONGSPAN_ISA::matmul,           LONGSPAN_ISA::embed_row,
+                       LONGSPAN_ISA::rms_norm,         LONGSPAN_ISA::gated_silu,
+                       LONGSPAN_ISA::rotate_and_store, LONGSPAN_ISA::attention};
 
 }  // namespace longspan

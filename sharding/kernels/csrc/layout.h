@@ -1,4 +1,4 @@
-// How packed weights lie in memory: the same for all instruction sets.
+// How packed weights lie in memory.
 //
 // A matrix [rows, cols] is cut into panels of 16 rows. A panel is a run of units along the columns,
 // a unit is 1 or 8 chunks of 32 columns followed by their scales:
@@ -7,8 +7,11 @@
 //     unit    | chunk | ... | chunk | scales | minima | d | dmin |
 //
 // A chunk of b-bit integers is a run of 32-bit words, one word of each of the 16 rows after the
-// other, so that one vector register holds the same columns of 16 rows. A word holds floor(32 / b)
-// whole values from its low bits up; what remains of the words of a chunk holds the last values:
+// other, so that one vector register holds the same columns of 16 rows. What the words hold is a
+// matter of the arithmetic that reads them, which an instruction set has one of:
+//
+// Order::Values, for arithmetic value by value. A word holds floor(32 / b) whole values from its
+// low bits up; what remains of the words of a chunk holds the last values:
 //
 //     2 bits   2 words of 16 values                            (Q2_K)
 //     3 bits   3 words of 10 values, 2 in the spare bits       (Q3_K)
@@ -16,8 +19,17 @@
 //     5 bits   5 words of 6 values, 2 in the spare bits        (Q5_0 Q5_1 Q5_K)
 //     6 bits   6 words of 5 values, 2 in the spare bits        (Q6_K)
 //
-// Wider values (Q8_0, F16, BF16, F32) lie column by column, 16 rows side by side. Rows beyond the
-// matrix are zero, and so are columns beyond a float matrix.
+// Wider values (Q8_0, F16, BF16, F32) lie column by column, 16 rows side by side.
+//
+// Order::Bytes, for products of four bytes at once: 8 steps of 4 columns, one column in each byte
+// of a word. A chunk is a run of planes, each a part of the bits of all values; a byte of a plane
+// of w bits holds the parts of 8 / w steps, from its low bits up:
+//
+//     2 bits   2            5 bits   4 + 1            8 bits   8, biased by 128 (Q8_0)
+//     3 bits   2 + 1        6 bits   4 + 2
+//     4 bits   4            floats as above
+//
+// Rows beyond the matrix are zero, and so are columns beyond a float matrix.
 #pragma once
 
 #include <cstddef>
@@ -27,6 +39,8 @@ namespace longspan {
 
 constexpr int LANES = 16;
 constexpr int CHUNK = 32;
+
+enum class Order { Values, Bytes };
 
 // GGUF's numbers.
 enum class Type : int {
@@ -95,6 +109,22 @@ constexpr bool is_nonlinear(const Layout& f) {
     return f.type == Type::IQ4_NL || f.type == Type::IQ4_XS;
 }
 constexpr bool is_packed(const Layout& f) { return f.bits < 8; }
+constexpr bool is_quantised(const Layout& f) { return f.scale != 0; }
+
+// Order::Bytes: the widths of a format's planes, the second 0 where there is one.
+struct Planes {
+    int low, high;
+};
+constexpr Planes planes(const Layout& f) {
+    const int low = f.bits == 8 ? 8 : f.bits >= 4 ? 4 : 2;
+    return {low, f.bits - low};
+}
+// What is subtracted from a value of Order::Bytes: Q8_0 is stored with a bias, and so are the
+// entries of the table that a nonlinear format's values are replaced by.
+constexpr int bias(const Layout& f) {
+    return f.type == Type::Q8_0 || is_nonlinear(f) ? 128 : f.offset;
+}
+constexpr int STEP = 4;  // columns that meet in a product of bytes
 
 // Where value k of a chunk lies: word and bit, or the spare bits.
 struct Place {
@@ -118,9 +148,10 @@ bool with_layout(int type, Use use) {
         LONGSPAN_CASE(F32)
         LONGSPAN_CASE(F16)
         LONGSPAN_CASE(BF16)
-        LONGSPAN_CASE(Q4_0) LONGSPAN_CASE(Q4_1) LONGSPAN_CASE(Q5_0) LONGSPAN_CASE(Q5_1)
-            LONGSPAN_CASE(Q8_0) LONGSPAN_CASE(IQ4_NL) LONGSPAN_CASE(Q2_K) LONGSPAN_CASE(Q3_K)
-                LONGSPAN_CASE(Q4_K) LONGSPAN_CASE(Q5_K) LONGSPAN_CASE(Q6_K) LONGSPAN_CASE(IQ4_XS)
+        LONGSPAN_CASE(Q4_0)
+        LONGSPAN_CASE(Q4_1) LONGSPAN_CASE(Q5_0) LONGSPAN_CASE(Q5_1) LONGSPAN_CASE(Q8_0)
+            LONGSPAN_CASE(IQ4_NL) LONGSPAN_CASE(Q2_K) LONGSPAN_CASE(Q3_K) LONGSPAN_CASE(Q4_K)
+                LONGSPAN_CASE(Q5_K) LONGSPAN_CASE(Q6_K) LONGSPAN_CASE(IQ4_XS)
 #undef LONGSPAN_CASE
     }
     return false;

@@ -8,22 +8,8 @@
 // One or two tokens: weights are decoded in registers as they stream by. More: a panel is decoded
 // to float32 in the cache once, and meets the tokens in tiles. Which way is taken changes no bit.
 
-// Ahead of the weights in use: four pages, past what the hardware sees.
-constexpr int PREFETCH_BYTES = 16384;
-// Into the first-level cache; wide formats only into the second, or they would wait for the first
-// one's few buffers (Zen 4, two threads: F16 27 GB/s instead of 19; Q4_1 13 instead of 21).
-template <Layout F>
-constexpr int PREFETCH_LEVEL = is_packed(F) ? 3 : 2;
-// A task's share of simple work: for less, no other core is worth waking.
-constexpr int POINTWISE_ELEMENTS = 1 << 14;
 // Of two panels, decoded at a time: 16 KiB, half a first-level cache.
 constexpr int DECODED_COLUMNS = 128;
-
-// What one task needs while it runs; one for each thread and for all formats.
-inline float* task_scratch(size_t floats) {
-    static thread_local Scratch<float> scratch;
-    return scratch.at_least(floats);
-}
 
 // Activations as kernels want them: tiles of N tokens, chunk by chunk [N][32], times 2^-excess; and
 // one number a group [N], the sum of its activations (times -offset where the format has one).
@@ -63,10 +49,11 @@ inline void prepare_tile(const float* x, int tokens, int width, int padded, int 
     }
 }
 
-// The sums of PANELS x TOKENS over all columns, weights decoded on the way.
+// The sums of PANELS x TOKENS over all columns, weights decoded on the way. Not inlined: blocks of
+// several widths share it.
 template <Layout F, int PANELS, int TOKENS>
-inline void stream(const uint8_t* base, size_t unit_stride, int units, const Prepared& x,
-                   V (&y)[PANELS][TOKENS]) {
+__attribute__((noinline)) void stream(const uint8_t* base, size_t unit_stride, int units,
+                                      const Prepared& x, V (&y)[PANELS][TOKENS]) {
     constexpr int group_columns = CHUNK / F.groups, groups = sum_groups<F>();
     const Table table = load_table(NONLINEAR);
     for (int p = 0; p < PANELS; ++p)
@@ -74,11 +61,7 @@ inline void stream(const uint8_t* base, size_t unit_stride, int units, const Pre
     const float *columns = x.columns, *sums = x.sums;
     for (int u = 0; u < units; ++u, base += unit_stride) {
         for (int c = 0; c < F.chunks; ++c) {
-            for (int p = 0; p < PANELS; ++p)
-                for (int line = 0; line < F.chunk_bytes(); line += 64)
-                    __builtin_prefetch(
-                        base + p * F.unit_bytes() + c * F.chunk_bytes() + line + PREFETCH_BYTES, 0,
-                        PREFETCH_LEVEL<F>);
+            prefetch_share<F, PANELS>(base, c);
             unrolled<0, F.groups>([&]<int G>() __attribute__((always_inline)) {
                 V s[PANELS][TOKENS];
                 for (int p = 0; p < PANELS; ++p)
@@ -236,46 +219,6 @@ inline void with_tile(int n, const Use& use) {
     }
 }
 
-// Where a part's results go: columns [column, column + rows) of y [tokens, stride].
-struct Target {
-    const float* residual;
-    float* y;
-    int stride, column, rows, tokens;
-
-    // Sixteen rows of token t from row `row` of the part on.
-    void put(int t, int row, V value) const {
-        if (t >= tokens) return;
-        const size_t at = static_cast<size_t>(t) * stride + column + row;
-        const int n = rows - row;
-        if (n >= LANES) {
-            store(y + at, residual ? add(load(residual + at), value) : value);
-        } else if (n > 0) {
-            store_first(y + at, residual ? add(load_first(residual + at, n), value) : value, n);
-        }
-    }
-};
-
-inline void prefetch_lines(const uint8_t* at, int bytes) {
-    for (int line = 0; line < bytes; line += 64) __builtin_prefetch(at + line);
-}
-
-// A thread's run of blocks begins where nothing before has prefetched, and ends where prefetching
-// on would fetch another thread's: the start of the thread's run in the next weight comes instead.
-inline void prefetch_borders(const Part& part, const Weight* next, int block) {
-    const int threads = pool().threads();
-    const auto border = [&](const Part& of, int t) {
-        return static_cast<int>(static_cast<int64_t>(t) * of.blocks() / threads);
-    };
-    for (int t = 0; t < threads; ++t) {
-        if (block == border(part, t))
-            prefetch_lines(part.panel(block * part.block_panels()), PREFETCH_BYTES);
-        if (next && block + 1 == border(part, t + 1)) {
-            const Part& of = next->parts()[0];
-            prefetch_lines(of.panel(border(of, t) * of.block_panels()), PREFETCH_BYTES);
-        }
-    }
-}
-
 // Panels [first, first + PANELS) against all tokens, a few at a time; their weights come from
 // memory once.
 template <Layout F, int PANELS>
@@ -286,7 +229,7 @@ inline void stream_panels(const Part& part, int first, const Prepared& x, const 
         const Prepared some{x.columns + before, x.sums + before / CHUNK * sum_groups<F>()};
         with_stream(stream_for(target.tokens - done), [&]<int TOKENS>() {
             // Few tokens need several panels' sums to hide a multiply-add; many have sums enough.
-            constexpr int width = TOKENS > 2 && PANELS > 2 ? 2 : PANELS;
+            constexpr int width = TOKENS > 1 && PANELS > 2 ? 2 : PANELS;
             const auto run = [&]<int N>(int panel) {
                 V y[N][TOKENS];
                 stream<F>(part.panel(panel), part.unit_stride(panel), part.units(), some, y);
@@ -410,29 +353,22 @@ inline Prepared prepare(const float* x, int tokens, int width, int padded,
 }
 
 template <Layout F>
-inline void matmul_part(const float* x, const Part& part, const Weight* next, const Target& target,
-                        Scratch<float>& scratch) {
+inline void matmul_in(const float* x, const Part& part, const Weight* next, const Target& target,
+                      Scratch<float>& scratch) {
     const Prepared prepared = prepare<F>(x, target.tokens, part.cols, part.padded_cols(), scratch);
     if (target.tokens <= MOST_STREAMED) stream_part<F>(part, next, prepared, target);
     else tile_part<F>(part, prepared, target);
 }
 
-inline void matmul(const float* x, int tokens, const Weight& weight, const Weight* next,
-                   const float* residual, float* y) {
-    if (tokens == 0) return;
+inline void matmul(const float* x, const Part& part, const Weight* next, const Output& out) {
     static thread_local Scratch<float> scratch;
-    int column = 0;
-    for (const Part& part : weight.parts()) {
-        const Target target{residual, y, weight.rows(), column, part.rows, tokens};
-        with_layout(static_cast<int>(part.layout.type),
-                    [&]<Layout F>() { matmul_part<F>(x, part, next, target, scratch); });
-        column += part.rows;
-    }
+    with_layout(static_cast<int>(part.layout.type),
+                [&]<Layout F>() { matmul_in<F>(x, part, next, Target{out}, scratch); });
 }
 
 // weight = scale * q + minimum, with one rounding where there is a minimum.
 template <Layout F>
-inline void embed_row(const Part& part, int row, float* y) {
+inline void embed_row_in(const Part& part, int row, float* y) {
     const int chunks = part.padded_cols() / CHUNK, lane = row % LANES;
     float* values = task_scratch(static_cast<size_t>(chunks) * LANES * (CHUNK + 2 * F.groups));
     float* scales = values + static_cast<size_t>(chunks) * CHUNK * LANES;
@@ -448,18 +384,7 @@ inline void embed_row(const Part& part, int row, float* y) {
     }
 }
 
-inline void embed(const Weight& weight, const int64_t* ids, int tokens, float* y) {
-    pool().run(tokens, [&](int t) {
-        int64_t row = ids[t];
-        for (const Part& part : weight.parts()) {
-            if (row < part.rows) {
-                with_layout(static_cast<int>(part.layout.type), [&]<Layout F>() {
-                    embed_row<F>(part, static_cast<int>(row),
-                                 y + static_cast<size_t>(t) * weight.cols());
-                });
-                break;
-            }
-            row -= part.rows;
-        }
-    });
+inline void embed_row(const Part& part, int row, float* y) {
+    with_layout(static_cast<int>(part.layout.type),
+                [&]<Layout F>() { embed_row_in<F>(part, row, y); });
 }

@@ -35,14 +35,23 @@ struct Turn {
     const int64_t *page, *slot;
 };
 
+// Where the products with one part of a weight go: columns [column, column + rows) of y [tokens,
+// stride], on top of the residual's if there is one (y itself, maybe).
+struct Output {
+    const float* residual;
+    float* y;
+    int stride, column, rows, tokens;
+};
+
 struct Ops {
     const char* name;
-    // y[T, O] = residual + x[T, I] @ weight^T; `residual` may be null, or y itself. `next`, if not
-    // null, is the weight that will be read after this one.
-    void (*matmul)(const float* x, int tokens, const Weight& weight, const Weight* next,
-                   const float* residual, float* y);
-    // y[T, I] = rows ids[t] of the weight.
-    void (*embed)(const Weight& weight, const int64_t* ids, int tokens, float* y);
+    // How weights must be packed.
+    Order order;
+    // The part's columns of residual + x[T, I] @ weight^T. `next`, if not null, is the weight that
+    // will be read after this one.
+    void (*matmul)(const float* x, const Part& part, const Weight* next, const Output& out);
+    // y[I] = row `row` of the part.
+    void (*embed_row)(const Part& part, int row, float* y);
     void (*rms_norm)(const float* x, int tokens, int width, const float* scale, float eps,
                      float* y);
     // y[T, F] = silu(x[:, :F]) * x[:, F:]
@@ -55,5 +64,13 @@ struct Ops {
 };
 
 extern const Ops AVX512_OPS, AVX2_OPS, PORTABLE_OPS;
+// Those of AVX-512 but for products with quantised weights.
+const Ops& avx512_vnni_ops();
+
+// y[T, O] = residual + x[T, I] @ weight^T; `residual` may be null, or y itself. `next` as above.
+void matmul(const Ops& ops, const float* x, int tokens, const Weight& weight, const Weight* next,
+            const float* residual, float* y);
+// y[T, I] = rows ids[t] of the weight.
+void embed(const Ops& ops, const Weight& weight, const int64_t* ids, int tokens, float* y);
 
 }  // namespace longspan

@@ -48,7 +48,10 @@ void six_bit_pairs(const uint8_t* s, Row& row) {
 // Reads a row's unit of a packed format as ggml-common.h and gguf-py's quants.py lay it out.
 template <Layout F>
 void open_unit(const uint8_t* b, Row& row) {
-    if constexpr (F.type == Type::Q4_0 || F.type == Type::IQ4_NL) {
+    if constexpr (F.type == Type::Q8_0) {
+        row.d = half_at(b);
+        for (int k = 0; k < 32; ++k) row.q[k] = b[2 + k] ^ 0x80;  // biased by 128
+    } else if constexpr (F.type == Type::Q4_0 || F.type == Type::IQ4_NL) {
         row.d = half_at(b);
         nibbles(b + 2, 16, row.q, row.q + 16);
     } else if constexpr (F.type == Type::Q4_1) {
@@ -155,18 +158,36 @@ void close_chunk(const uint8_t* q, uint32_t* words) {
     }
 }
 
+// The same in Order::Bytes: 32 values as planes of bytes, each word of a plane at `words`.
+template <Layout F>
+void close_planes(const uint8_t* q, uint32_t* words) {
+    uint8_t bytes[F.bits * 4] = {};
+    const auto put = [&](int plane_at, int width, int k, int part) {
+        const int step = k / STEP, steps = 8 / width;
+        bytes[(plane_at + step / steps) * 4 + k % STEP] |=
+            static_cast<uint8_t>(part << (step % steps * width));
+    };
+    constexpr Planes p = planes(F);
+    for (int k = 0; k < CHUNK; ++k) {
+        put(0, p.low, k, q[k] & ((1 << p.low) - 1));
+        if constexpr (p.high != 0) put(p.low, p.high, k, q[k] >> p.low);
+    }
+    std::memcpy(words, bytes, sizeof bytes);
+}
+
 void put_half(uint8_t* unit, int at, int lane, uint16_t half) {
     std::memcpy(unit + at + lane * 2, &half, 2);
 }
 
 // One row's unit into its lane of a packed one.
 template <Layout F>
-void pack_packed(const uint8_t* from, uint8_t* unit, int lane) {
+void pack_packed(const uint8_t* from, uint8_t* unit, int lane, Order order) {
     Row row;
     open_unit<F>(from, row);
     for (int c = 0; c < F.chunks; ++c) {
         uint32_t words[F.bits];
-        close_chunk<F.bits>(row.q + c * CHUNK, words);
+        if (order == Order::Bytes) close_planes<F>(row.q + c * CHUNK, words);
+        else if constexpr (is_packed(F)) close_chunk<F.bits>(row.q + c * CHUNK, words);
         for (int w = 0; w < F.bits; ++w)
             std::memcpy(unit + c * F.chunk_bytes() + (w * LANES + lane) * 4, &words[w], 4);
     }
@@ -205,8 +226,11 @@ void pack_panel(const Part& part, int panel, const uint8_t* file, size_t row_byt
         for (int lane = 0; lane < rows; ++lane) {
             const uint8_t* from = file + static_cast<size_t>(panel * LANES + lane) * row_bytes +
                                   static_cast<size_t>(u) * F.block;
-            if constexpr (is_packed(F)) pack_packed<F>(from, unit, lane);
-            else pack_wide<F>(from, unit, lane, std::min(CHUNK, part.cols - u * CHUNK));
+            if (is_packed(F) || (is_quantised(F) && part.order == Order::Bytes)) {
+                if constexpr (is_quantised(F)) pack_packed<F>(from, unit, lane, part.order);
+            } else if constexpr (!is_packed(F)) {
+                pack_wide<F>(from, unit, lane, std::min(CHUNK, part.cols - u * CHUNK));
+            }
         }
     }
 }
@@ -235,8 +259,8 @@ void Weight::append(int type, int rows, const uint8_t* file, size_t row_bytes) {
         if (rows < 1 || cols_ < 1 || cols_ % unit ||
             row_bytes != static_cast<size_t>(cols_ / unit) * unit_bytes)
             throw std::invalid_argument("a row's bytes do not fit its columns");
-        Part shape{F, rows, cols_, Memory(1)};
-        Part part{F, rows, cols_, Memory(shape.panels() * shape.panel_bytes())};
+        Part shape{F, order_, rows, cols_, Memory(1)};
+        Part part{F, order_, rows, cols_, Memory(shape.panels() * shape.panel_bytes())};
         pool().run(part.panels(), [&](int panel) { pack_panel<F>(part, panel, file, row_bytes); });
         parts_.push_back(std::move(part));
         rows_ += rows;

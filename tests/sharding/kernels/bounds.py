@@ -22,6 +22,9 @@ U = 2.0**-24  # unit roundoff of float32
 TINY = 2.0**-149  # its smallest number
 EXP_ERROR = 8 * U
 KV_BLOCK = 256
+CHUNK = 32
+IN_DIGITS = {"avx512_vnni"}
+"""Instruction sets that multiply quantised weights in integers."""
 
 BY_NAME: dict[str, QuantFormat] = {
     format.name: format for format in FORMATS.values() if format.computed
@@ -75,11 +78,12 @@ def gamma(roundings: float) -> float:
 
 @dataclass(frozen=True)
 class ExactWeight:
-    """A matrix without a rounding: `values_OI`; `magnitude_OI`, what is added up in their place,
+    """A matrix without a rounding: `values_OI`; `size_OI`, |D| |q - offset| + |M|; `magnitude_OI`,
     |D| (q + offset) + |M|; `scale_most`, the largest |D|."""
 
     name: str
     values_OI: torch.Tensor
+    size_OI: torch.Tensor
     magnitude_OI: torch.Tensor
     scale_most: float
 
@@ -90,19 +94,20 @@ def exact_weight(name: str, raw: NDArray[np.uint8]) -> ExactWeight:
     if how.m_at is not None and how.d_at is not None:
         products = _read(name, raw, slice(how.m_at, how.m_at + 2))
         minima = _read(name, raw, slice(how.d_at, how.d_at + 2))
-        values, magnitude = products + minima, products.abs() + minima.abs()
+        values, size = products + minima, products.abs() + minima.abs()
+        magnitude = size
     elif how.quants is not None:
         values, offsets = _read(name, raw), _read(name, raw, how.quants)
-        magnitude = (values - offsets).abs() + offsets.abs()
+        size, magnitude = values.abs(), (values - offsets).abs() + offsets.abs()
     else:
         values = _read(name, raw)
-        magnitude = values.abs()
+        size = magnitude = values.abs()
     scale_most = 1.0
     if how.d_at is not None:
         units = raw.reshape(-1, BY_NAME[name].block_bytes)
         d = units[:, how.d_at : how.d_at + 2].copy().view(np.float16)
         scale_most = float(np.abs(d).max()) * how.scale_most
-    return ExactWeight(name, values, magnitude, scale_most)
+    return ExactWeight(name, values, size, magnitude, scale_most)
 
 
 def _read(name: str, raw: NDArray[np.uint8], zeroed: slice | None = None) -> torch.Tensor:
@@ -114,17 +119,23 @@ def _read(name: str, raw: NDArray[np.uint8], zeroed: slice | None = None) -> tor
 
 
 def matmul(
-    x_TI: torch.Tensor, weight: ExactWeight, residual_TO: torch.Tensor | None = None
+    isa: str, x_TI: torch.Tensor, weight: ExactWeight, residual_TO: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of the grouped kernels: n + c * groups + 7 roundings."""
+    """Of the grouped kernels, in float32 or in digits."""
+    x = x_TI.double()
+    residual = torch.zeros(1) if residual_TO is None else residual_TO.double()
+    truth_TO = x @ weight.values_OI.T + residual
     how = ARITHMETIC[weight.name]
     groups = -(-x_TI.shape[1] // how.group)
     steps = (2 if how.m_at is not None else 1) * groups
-    truth_TO = x_TI.double() @ weight.values_OI.T
-    size_TO = x_TI.double().abs() @ weight.magnitude_OI.T
-    if residual_TO is not None:
-        truth_TO = truth_TO + residual_TO.double()
-        size_TO = size_TO + residual_TO.double().abs()
+    if isa in IN_DIGITS and how is not _FLOAT:
+        # What a chunk's fixed-point numbers are off by.
+        fixed_TI = 2.008 * U * x.abs().unflatten(1, (-1, CHUNK)).amax(-1) + 2.0**-127
+        off_TI = fixed_TI.repeat_interleave(CHUNK, dim=1)
+        size_TO = residual.abs() + (x.abs() + off_TI) @ weight.size_OI.T
+        bound_TO = gamma(steps + 4) * size_TO + off_TI @ weight.size_OI.T + (steps + 1) * TINY
+        return truth_TO, bound_TO
+    size_TO = residual.abs() + x.abs() @ weight.magnitude_OI.T
     lost = groups * how.group * weight.scale_most * how.product_underflow + (steps + 1) * TINY
     return truth_TO, gamma(how.group + steps + 7) * size_TO + lost
 

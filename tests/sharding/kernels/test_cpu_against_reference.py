@@ -61,7 +61,7 @@ def test_products_of_any_shape(data: st.DataObject) -> None:
     file, exact = file_of(w=(name, raw)), bounds.exact_weight(name, raw)
     found = kernels.matmul(x_TI, kernels.pack(file, ["w"]), residual_TO)
     twin = REFERENCE.matmul(x_TI, REFERENCE.pack(file, ["w"]), residual_TO)
-    _, own = bounds.matmul(x_TI, exact, residual_TO)
+    _, own = bounds.matmul(kernels.instruction_set, x_TI, exact, residual_TO)
     _, twins = bounds.reference_matmul(x_TI, exact, residual_TO)
     assert found.shape == (tokens, rows)
     assert ((found.double() - twin.double()).abs() <= own + twins).all()
@@ -190,6 +190,14 @@ def test_a_token_that_is_not_finite_spoils_its_own_row_only(
         others = torch.arange(tokens) != tokens // 2
         assert torch.equal(found[others], expected[others])
         assert not found[tokens // 2].isfinite().any()
+
+
+@pytest.mark.skipif("avx512_vnni" not in KERNELS, reason="one order of packing here")
+def test_a_weight_packed_for_another_instruction_set_is_refused() -> None:
+    file = file_of(w=("Q4_0", random_raw("Q4_0", 16, 64)))
+    foreign = KERNELS["portable"].pack(file, ["w"])
+    with pytest.raises(ValueError, match="another instruction set"):
+        KERNELS["avx512_vnni"].matmul(normal(1, 64), foreign)
 
 
 @on_every_instruction_set

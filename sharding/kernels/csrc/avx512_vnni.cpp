@@ -1,0 +1,39 @@
+// Products with quantised weights for AVX-512 with products of bytes (VNNI); all else is AVX-512's.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <utility>
+
+#include "numbers.h"
+#include "ops.h"
+#include "pool.h"
+
+namespace longspan {
+namespace avx512_vnni {
+namespace {
+
+#include "simd_avx512.h"
+#include "decode.h"
+#include "target.h"
+#include "digits.h"
+
+}  // namespace
+}  // namespace avx512_vnni
+
+const Ops& avx512_vnni_ops() {
+    static const Ops ops = [] {
+        Ops own = AVX512_OPS;
+        own.name = "avx512_vnni";
+        own.order = Order::Bytes;
+        own.matmul = avx512_vnni::matmul;
+        own.embed_row = avx512_vnni::embed_row;
+        return own;
+    }();
+    return ops;
+}
+
+}  // namespace longspan
+#endif

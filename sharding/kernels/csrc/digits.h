@@ -1,0 +1,333 @@
+// y = residual + x @ weight^T on quantised weights in Order::Bytes, in integers. Included inside
+// the namespace of an instruction set, after target.h.
+//
+// Activations become fixed-point numbers of 24 bits, a chunk of 32 columns and a token at a time: x
+// = s X with s a power of two and X = 65536 X2 + 256 X1 + X0, each digit from -128 to 127. Sums of
+// stored values times digits are exact in 32 bits, in any order, and a product of bytes adds up
+// four columns of 16 rows at once. Per group: v = 65536 A2 + (256 A1 + A0), y += scale * (s v),
+// y += minimum * (sum of s X), group after group; then the residual. The bound, and what 24 bits
+// cost against float32 activations (nothing, but for columns far smaller than their chunk's
+// largest), is in docs/numerics.md.
+//
+// All numbers of tokens take the same way: decoding a step is three instructions at most, which
+// hide behind the products.
+
+constexpr int STEPS = CHUNK / STEP;
+constexpr int DIGITS = 3;
+constexpr int TILE = 4;  // tokens; with 2 panels and 3 digits 24 sums of 32 registers
+
+// Activations as digits, tiles of N tokens:
+//
+//     digits   [chunk][step][N] words X0 X1 X2 0 of the step's 4 columns
+//     sums     [group][N] words: -bias times the sum of each digit, and s times the sum of X
+//     scales   [chunk][N] s
+struct Prepared {
+    const int32_t *digits, *sums;
+    const float* scales;
+
+    // From one chunk to the next, in words.
+    static constexpr int stride(int tokens) { return STEPS * 4 * tokens; }
+};
+
+// Words 0 to 3 of the four quarters, added up.
+inline __m128i quarters(__m512i a) {
+    const __m256i half =
+        _mm256_add_epi32(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1));
+    return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+}
+
+// 16 numbers as words X0 X1 X2 0 of each four.
+inline __m512i digits_of(V x, V scale) {
+    const __m512i transpose = _mm512_maskz_broadcast_i32x4(
+        0xffff, _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    const __m512i bias = _mm512_set1_epi32(0x808080);
+    const __m512i fixed = _mm512_cvtps_epi32(mul(x, scale).v);
+    // Carries make each byte its digit plus 128; the fourth stays zero, X has 24 bits.
+    const __m512i balanced = _mm512_xor_si512(_mm512_add_epi32(fixed, bias), bias);
+    return _mm512_shuffle_epi8(_mm512_and_si512(balanced, _mm512_set1_epi32(0xffffff)), transpose);
+}
+
+// The power of two that makes the largest of a chunk fill 24 bits, and its inverse; 0 and NaN where
+// a number is not finite.
+struct Fixing {
+    float up, down;
+};
+inline Fixing fixing(V a, V b) {
+    const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+    const uint32_t largest = _mm512_reduce_max_epu32(
+        _mm512_max_epu32(_mm512_and_si512(_mm512_castps_si512(a.v), magnitude),
+                         _mm512_and_si512(_mm512_castps_si512(b.v), magnitude)));
+    if (largest >= 0x7f800000u) return {0.0f, bits_to_f32(0x7fc00000u)};
+    // Digits reach 0x7f7f7f: beyond it, 1.992 times a power of two, the next power. No smaller
+    // than 2^-126, so that s is a normal number.
+    const uint32_t exponent = std::max((largest + 0x10101u) >> 23, 23u);
+    return {bits_to_f32((276 - exponent) << 23), bits_to_f32((exponent - 22) << 23)};
+}
+
+template <Layout F>
+inline void prepare_chunk(const float* x, int tile, int32_t* digits, int32_t* sums, float* s) {
+    const V a = load(x), b = load(x + 16);
+    const Fixing fix = fixing(a, b);
+    __m512i low = _mm512_setzero_si512(), high = low;
+    if (fix.up != 0.0f) {
+        low = digits_of(a, splat(fix.up));
+        high = digits_of(b, splat(fix.up));
+    }
+    *s = fix.down;
+    const auto put = [&](int step, __m128i word) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(digits + step * 4 * tile), word);
+    };
+    put(0, _mm512_castsi512_si128(low));
+    put(1, _mm512_extracti32x4_epi32(low, 1));
+    put(2, _mm512_extracti32x4_epi32(low, 2));
+    put(3, _mm512_extracti32x4_epi32(low, 3));
+    put(4, _mm512_castsi512_si128(high));
+    put(5, _mm512_extracti32x4_epi32(high, 1));
+    put(6, _mm512_extracti32x4_epi32(high, 2));
+    put(7, _mm512_extracti32x4_epi32(high, 3));
+    const __m512i ones = _mm512_set1_epi8(1);
+    const auto put_sums = [&](int32_t* to, __m512i of) {
+        alignas(16) int32_t word[4];
+        _mm_store_si128(reinterpret_cast<__m128i*>(word), quarters(of));
+        const int32_t total = word[2] * 65536 + word[1] * 256 + word[0];
+        for (int d = 0; d < DIGITS; ++d) to[d] = -bias(F) * word[d];
+        const float x_sum = static_cast<float>(total) * fix.down;
+        std::memcpy(to + DIGITS, &x_sum, sizeof x_sum);
+    };
+    const __m512i none = _mm512_setzero_si512();
+    if constexpr (F.groups == 1) {
+        put_sums(sums, _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(none, ones, low), ones, high));
+    } else {
+        put_sums(sums, _mm512_dpbusd_epi32(none, ones, low));
+        put_sums(sums + 4 * tile, _mm512_dpbusd_epi32(none, ones, high));
+    }
+}
+
+// The values of step S of a chunk, a byte each, with the format's bias.
+template <Layout F, int S>
+inline __m512i step(const uint8_t* chunk, __m512i table) {
+    constexpr Planes p = planes(F);
+    const auto plane = [&](int at) { return _mm512_loadu_si512(chunk + at * 64); };
+    if constexpr (p.low == 8) {
+        return plane(S);
+    } else {
+        constexpr int steps = 8 / p.low, at = S % steps * p.low;
+        const __m512i field = _mm512_set1_epi8((1 << p.low) - 1);
+        const __m512i shifted = _mm512_srli_epi16(plane(S / steps), at);
+        const __m512i low = _mm512_and_si512(at ? shifted : plane(S / steps), field);
+        if constexpr (is_nonlinear(F)) {
+            return _mm512_shuffle_epi8(table, low);
+        } else if constexpr (p.high == 0) {
+            return low;
+        } else {
+            constexpr int more = 8 / p.high, from = S % more * p.high;
+            const __m512i word = plane(p.low + S / more);
+            const __m512i upper = from > p.low   ? _mm512_srli_epi16(word, from - p.low)
+                                  : from < p.low ? _mm512_slli_epi16(word, p.low - from)
+                                                 : word;
+            const __m512i bits = _mm512_set1_epi8(static_cast<char>(((1 << p.high) - 1) << p.low));
+            return _mm512_ternarylogic_epi32(low, upper, bits, 0xf8);  // low | (upper & bits)
+        }
+    }
+}
+
+// NONLINEAR, biased, in every quarter.
+inline __m512i load_byte_table() {
+    uint8_t bytes[64];
+    for (int i = 0; i < 64; ++i)
+        bytes[i] = static_cast<uint8_t>(static_cast<int>(NONLINEAR[i % 16]) + 128);
+    return _mm512_loadu_si512(bytes);
+}
+
+// The sums of PANELS x TOKENS over all columns. `cold`: the weights come from memory.
+template <Layout F, int PANELS, int TOKENS>
+__attribute__((noinline)) void stream(const uint8_t* base, size_t unit_stride, int units, bool cold,
+                                      const Prepared& x, const Target& target, int token, int row) {
+    constexpr int group_steps = STEPS / F.groups;
+    const __m512i table = load_byte_table();
+    V y[PANELS][TOKENS];
+    for (int p = 0; p < PANELS; ++p)
+        for (int t = 0; t < TOKENS; ++t) y[p][t] = zero();
+    const int32_t *digits = x.digits, *sums = x.sums;
+    const float* scales = x.scales;
+    for (int u = 0; u < units; ++u, base += unit_stride) {
+        for (int c = 0; c < F.chunks; ++c) {
+            const uint8_t* chunk[PANELS];
+            for (int p = 0; p < PANELS; ++p)
+                chunk[p] = base + p * F.unit_bytes() + c * F.chunk_bytes();
+            if (cold) prefetch_share<F, PANELS>(base, c);
+            unrolled<0, F.groups>([&]<int G>() __attribute__((always_inline)) {
+                __m512i a[PANELS][TOKENS][DIGITS];
+                for (int p = 0; p < PANELS; ++p)
+                    for (int t = 0; t < TOKENS; ++t)
+                        for (int d = 0; d < DIGITS; ++d)
+                            a[p][t][d] = bias(F) ? _mm512_set1_epi32(sums[t * 4 + d])
+                                                 : _mm512_setzero_si512();
+                unrolled<G * group_steps, group_steps>([&]<int S>() __attribute__((always_inline)) {
+                    __m512i w[PANELS];
+                    for (int p = 0; p < PANELS; ++p) w[p] = step<F, S>(chunk[p], table);
+                    for (int t = 0; t < TOKENS; ++t)
+                        for (int d = 0; d < DIGITS; ++d) {
+                            const __m512i digit =
+                                _mm512_set1_epi32(digits[(S * TOKENS + t) * 4 + d]);
+                            for (int p = 0; p < PANELS; ++p)
+                                a[p][t][d] = _mm512_dpbusd_epi32(a[p][t][d], w[p], digit);
+                        }
+                });
+                for (int p = 0; p < PANELS; ++p) {
+                    const uint8_t* unit = base + p * F.unit_bytes();
+                    const V scale_R = scale<F>(unit, c * F.groups + G);
+                    for (int t = 0; t < TOKENS; ++t) {
+                        const V low{_mm512_cvtepi32_ps(
+                            _mm512_add_epi32(_mm512_slli_epi32(a[p][t][1], 8), a[p][t][0]))};
+                        const V high{_mm512_cvtepi32_ps(a[p][t][2])};
+                        const V v = mul(fma(high, splat(65536.0f), low), splat(scales[t]));
+                        y[p][t] = fma(scale_R, v, y[p][t]);
+                    }
+                    if constexpr (F.has_minimum()) {
+                        const V minimum_R = minimum<F>(unit, c * F.groups + G);
+                        for (int t = 0; t < TOKENS; ++t) {
+                            float x_sum;
+                            std::memcpy(&x_sum, sums + t * 4 + DIGITS, sizeof x_sum);
+                            y[p][t] = fma(minimum_R, splat(x_sum), y[p][t]);
+                        }
+                    }
+                }
+                sums += 4 * TOKENS;
+            });
+            digits += Prepared::stride(TOKENS);
+            scales += TOKENS;
+        }
+    }
+    for (int p = 0; p < PANELS; ++p)
+        for (int t = 0; t < TOKENS; ++t) target.put(token + t, row + p * LANES, y[p][t]);
+}
+
+constexpr int tile_for(int tokens) { return tokens >= 3 ? 4 : tokens; }
+
+// A block of panels against tiles [begin, end) of tokens.
+template <Layout F>
+inline void meet(const Part& part, int block, int begin, int end, const Prepared& x,
+                 const Target& target) {
+    const int chunks = part.padded_cols() / CHUNK, panel = block * part.block_panels();
+    for (int i = begin; i < end; ++i) {
+        const size_t before = static_cast<size_t>(i) * TILE * chunks;
+        const Prepared some{x.digits + before * STEPS * 4, x.sums + before * F.groups * 4,
+                            x.scales + before};
+        const auto run = [&]<int PANELS, int TOKENS>() {
+            stream<F, PANELS, TOKENS>(part.panel(panel), part.unit_stride(panel), part.units(),
+                                      i == begin, some, target, i * TILE, panel * LANES);
+        };
+        const bool pair = panel + 1 < part.panels();
+        switch (tile_for(std::min(TILE, target.tokens - i * TILE))) {
+            case 1:
+                pair ? run.template operator()<2, 1>() : run.template operator()<1, 1>();
+                break;
+            case 2:
+                pair ? run.template operator()<2, 2>() : run.template operator()<1, 2>();
+                break;
+            default:
+                pair ? run.template operator()<2, 4>() : run.template operator()<1, 4>();
+        }
+    }
+}
+
+template <Layout F>
+inline Prepared prepare(const float* x, const Part& part, int tokens, Scratch<int32_t>& scratch) {
+    const int chunks = part.padded_cols() / CHUNK, tiles = (tokens + TILE - 1) / TILE;
+    const size_t rows = static_cast<size_t>(tiles) * TILE * chunks;
+    int32_t* digits = scratch.at_least(rows * (STEPS * 4 + F.groups * 4 + 1));
+    int32_t* sums = digits + rows * STEPS * 4;
+    float* scales = reinterpret_cast<float*>(sums + rows * F.groups * 4);
+    const bool shared = tokens * part.cols > POINTWISE_ELEMENTS;
+    pool().run(shared ? tiles : 1, [&](int task) {
+        for (int i = task; i < (shared ? task + 1 : tiles); ++i) {
+            const int left = std::min(TILE, tokens - i * TILE), tile = tile_for(left);
+            const size_t before = static_cast<size_t>(i) * TILE * chunks;
+            for (int t = 0; t < tile; ++t) {
+                // Tokens that fill up a tile are copies of the last.
+                const float* row =
+                    x + (static_cast<size_t>(i) * TILE + std::min(t, left - 1)) * part.cols;
+                for (int c = 0; c < chunks; ++c)
+                    prepare_chunk<F>(row + c * CHUNK, tile,
+                                     digits + before * STEPS * 4 + (c * STEPS * tile + t) * 4,
+                                     sums + (before * F.groups + c * F.groups * tile + t) * 4,
+                                     scales + before + c * tile + t);
+            }
+        }
+    });
+    return {digits, sums, scales};
+}
+
+template <Layout F>
+inline void matmul_in(const float* x, const Part& part, const Weight* next, const Target& target,
+                      Scratch<int32_t>& scratch) {
+    const Prepared prepared = prepare<F>(x, part, target.tokens, scratch);
+    const int tiles = (target.tokens + TILE - 1) / TILE, blocks = part.blocks();
+    if (tiles == 1) {
+        pool().run(blocks, [&](int block) {
+            prefetch_borders(part, next, block);
+            meet<F>(part, block, 0, 1, prepared, target);
+        });
+        return;
+    }
+    // Few rows on many cores: the tokens are cut too.
+    const int slabs = std::clamp(4 * pool().threads() / blocks, 1, tiles);
+    pool().run(blocks * slabs, [&](int task) {
+        const int slab = task % slabs;
+        meet<F>(part, task / slabs, tiles * slab / slabs, tiles * (slab + 1) / slabs, prepared,
+                target);
+    });
+}
+
+inline void matmul(const float* x, const Part& part, const Weight* next, const Output& out) {
+    static thread_local Scratch<int32_t> scratch;
+    with_layout(static_cast<int>(part.layout.type), [&]<Layout F>() {
+        if constexpr (is_quantised(F)) matmul_in<F>(x, part, next, Target{out}, scratch);
+        else AVX512_OPS.matmul(x, part, next, out);
+    });
+}
+
+// The stored value k of a chunk in one lane.
+template <Layout F>
+inline int stored(const uint8_t* chunk, int k, int lane) {
+    constexpr Planes p = planes(F);
+    const auto bits = [&](int plane_at, int width) {
+        const int step = k / STEP, steps = 8 / width;
+        const uint8_t byte = chunk[(plane_at + step / steps) * 64 + lane * 4 + k % STEP];
+        return byte >> (step % steps * width) & ((1 << width) - 1);
+    };
+    int value = bits(0, p.low);
+    if constexpr (p.high != 0) value |= bits(p.low, p.high) << p.low;
+    return is_nonlinear(F) ? static_cast<int>(NONLINEAR[value]) : value - bias(F);
+}
+
+// weight = scale * q + minimum, with one rounding where there is a minimum.
+template <Layout F>
+inline void embed_row_in(const Part& part, int row, float* y) {
+    const int lane = row % LANES, panel = row / LANES;
+    for (int c = 0; c < part.padded_cols() / CHUNK; ++c) {
+        const uint8_t* unit =
+            part.panel(panel) + static_cast<size_t>(c / F.chunks) * part.unit_stride(panel);
+        const uint8_t* chunk = unit + c % F.chunks * F.chunk_bytes();
+        for (int g = 0; g < F.groups; ++g) {
+            float scales[LANES], minima[LANES] = {};
+            store(scales, scale<F>(unit, c % F.chunks * F.groups + g));
+            if constexpr (F.has_minimum())
+                store(minima, minimum<F>(unit, c % F.chunks * F.groups + g));
+            constexpr int columns = CHUNK / F.groups;
+            for (int k = g * columns; k < (g + 1) * columns; ++k) {
+                const auto q = static_cast<float>(stored<F>(chunk, k, lane));
+                y[c * CHUNK + k] =
+                    F.has_minimum() ? std::fma(scales[lane], q, minima[lane]) : scales[lane] * q;
+            }
+        }
+    }
+}
+
+inline void embed_row(const Part& part, int row, float* y) {
+    with_layout(static_cast<int>(part.layout.type), [&]<Layout F>() {
+        if constexpr (is_quantised(F)) embed_row_in<F>(part, row, y);
+        else AVX512_OPS.embed_row(part, row, y);
+    });
+}

@@ -1,0 +1,31 @@
+#include "ops.h"
+
+#include "pool.h"
+
+namespace longspan {
+
+void matmul(const Ops& ops, const float* x, int tokens, const Weight& weight, const Weight* next,
+            const float* residual, float* y) {
+    if (tokens == 0) return;
+    int column = 0;
+    for (const Part& part : weight.parts()) {
+        ops.matmul(x, part, next, {residual, y, weight.rows(), column, part.rows, tokens});
+        column += part.rows;
+    }
+}
+
+void embed(const Ops& ops, const Weight& weight, const int64_t* ids, int tokens, float* y) {
+    pool().run(tokens, [&](int t) {
+        int64_t row = ids[t];
+        for (const Part& part : weight.parts()) {
+            if (row < part.rows) {
+                ops.embed_row(part, static_cast<int>(row),
+                              y + static_cast<size_t>(t) * weight.cols());
+                break;
+            }
+            row -= part.rows;
+        }
+    });
+}
+
+}  // namespace longspan
