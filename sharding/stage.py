@@ -212,8 +212,8 @@ class Stage:
                 yield SegmentResult(segment.request, drawn, scores)
 
     def _rows_of_logits(self, hidden_TI: torch.Tensor) -> Iterator[torch.Tensor]:
-        for slab in hidden_TI.split(LOGIT_ROWS):
-            yield from self.logits(slab)
+        for first in range(0, len(hidden_TI), LOGIT_ROWS):
+            yield from self.logits(hidden_TI[first : first + LOGIT_ROWS])
 
     def _remember(self, segment: Segment) -> None:
         entry = self._open[segment.request]

@@ -66,9 +66,11 @@ def draw(
     be None where `params.needs_history` is False. Equal logits at temperature 0: the lowest id.
     Raises `StageError` if a logit is NaN or +inf, or if no token is left to draw.
     """
-    _check(logits_V, f"position {position}")
     if params.temperature == 0.0 and params.logprobs is None and not _adjusts(params, drawn):
-        return Choice(int(logits_V.argmax()))  # nothing of the below would move the maximum
+        token = _largest_id(logits_V)  # nothing of the below would move it
+        if math.isfinite(logits_V[token]):
+            return Choice(token)
+    _check(logits_V, f"position {position}")
     adjusted_V = _adjust(logits_V, params, drawn, history)
     best = float(adjusted_V.max())
     if best == -math.inf:
@@ -77,7 +79,7 @@ def draw(
             "lower min_tokens or shorten stop_token_ids"
         )
     if params.temperature == 0.0:
-        token = int(adjusted_V.argmax())
+        token = _largest_id(adjusted_V)
     else:
         scaled_V = (adjusted_V - best) / params.temperature
         ids_N = survivors(scaled_V, params)
@@ -86,6 +88,13 @@ def draw(
     if params.logprobs is None:
         return Choice(token)
     return score(logits_V[None], [token], params.logprobs)[0]
+
+
+def _largest_id(values_V: Tensor) -> int:
+    """The id of the largest value, the lowest of equals; that of a NaN if there is one."""
+    if values_V.device.type == "cpu":
+        return int(values_V.numpy().argmax())  # an eighth of torch's time
+    return int(values_V.argmax())
 
 
 def score(logits_TV: Tensor, targets: list[int], alternatives: int | None) -> list[Choice]:
