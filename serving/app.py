@@ -9,7 +9,6 @@ on that border become ours.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -30,6 +29,7 @@ from actors.stats import EngineStats, EngineStatus
 from serving.config import ServeConfig, load_config
 from serving.fetch import resolve_model
 from serving.http import create_app
+from serving.outbox import Outbox
 from serving.service import ServedModel, Service
 from sharding.errors import LongspanError, UnavailableError
 from sharding.gguf.reader import GGUFFile
@@ -45,9 +45,6 @@ _REPLICA: dict[str, Any] = {
     # A line for every call would bury what matters.
     "logging_config": {"enable_access_log": False},
 }
-_COALESCE_S = 0.02
-"""Tokens that come within this travel together: an item of a stream costs more than a token of a
-small model, and nobody reads 50 pieces a second. The first one never waits."""
 _WATCH_LOADING_S = 0.5
 _WATCH_READY_S = 5.0
 _STATUS_TIMEOUT_S = 2.0
@@ -68,19 +65,14 @@ class EngineReplica:
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[list[Event]]:
         """The request's events, as many at a time as have come; leaving early cancels it."""
-        loop = asyncio.get_running_loop()
-        events: asyncio.Queue[Event] = asyncio.Queue()
-
-        def sink(event: Event) -> None:
-            loop.call_soon_threadsafe(events.put_nowait, event)
-
-        self._engine.submit(request, sink)
+        outbox = Outbox()
+        self._engine.submit(request, outbox.put)
         try:
-            ready = [await events.get()]
-            yield ready
-            while not ready[-1].last:
-                ready = await _next_together(events)
-                yield ready
+            last = False
+            while not last:
+                events = await outbox.take()
+                yield events
+                last = events[-1].last
         finally:
             self._engine.cancel(request.request_id)
 
@@ -106,16 +98,6 @@ class EngineReplica:
         """Serve's way to say that the replica goes."""
         if hasattr(self, "_engine"):
             self._engine.close()
-
-
-async def _next_together(events: asyncio.Queue[Event]) -> list[Event]:
-    """The next event and what follows within `_COALESCE_S`, up to a request's last."""
-    ready = [await events.get()]
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(_COALESCE_S):
-            while not ready[-1].last:
-                ready.append(await events.get())
-    return ready
 
 
 class RemoteEngine:
