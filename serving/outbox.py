@@ -1,7 +1,7 @@
 """Events on their way from the engine's thread to an answer, several at a time when they come fast.
 
-Passing something on through Serve costs milliseconds of processor time, more than a token of a small
-model, on cores that compute the next one. Not here: what an event means.
+Passing something on through Serve costs milliseconds of processor time, more than a token of a
+small model, on cores that compute the next one. Not here: what an event means.
 """
 
 from __future__ import annotations
