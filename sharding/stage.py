@@ -226,7 +226,8 @@ class Stage:
     def _draw(self, segment: Segment, logits_V: torch.Tensor) -> Choice:
         entry, position = self._open[segment.request], segment.start + len(segment.tokens)
         drawn = position - entry.opened.prompt_tokens
-        return draw(logits_V, entry.opened.sampling, position, drawn, entry.history)
+        race = self.kernels.gumbel_argmax
+        return draw(logits_V, entry.opened.sampling, position, drawn, entry.history, race)
 
     def _scores(self, segment: Segment, hidden_TI: torch.Tensor) -> Iterator[Choice]:
         for first in range(0, len(segment.targets), LOGIT_ROWS):

@@ -123,6 +123,12 @@ class Kernels(Protocol):
     def gated_silu(self, gate_up_T2F: torch.Tensor) -> torch.Tensor:
         """`silu(gate) * up`, `[T, F]` (Shazeer 2020, SwiGLU)."""
 
+    def gumbel_argmax(self, scaled_V: torch.Tensor, seed: int, position: int) -> int:
+        """The id of the largest `scaled + noise`, both float64; one is above -inf.
+
+        The noise is `sharding.model.sampling.gumbel` of (seed, position, id).
+        """
+
     def layers(self, weights: Sequence[BlockWeights], pages: Sequence[LayerPages]) -> Layers:
         """Blocks with their pages, ready to run one after the other."""
 

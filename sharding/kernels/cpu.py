@@ -123,6 +123,11 @@ class CPUKernels:
         self.native.gated_silu(_address(gate_up_T2F), tokens, width // 2, y_TF.data_ptr())
         return y_TF
 
+    def gumbel_argmax(self, scaled_V: torch.Tensor, seed: int, position: int) -> int:
+        """Logarithms only of the few whose noise could suffice."""
+        assert scaled_V.dtype == torch.float64 and scaled_V.is_contiguous(), scaled_V.dtype
+        return _cpu.gumbel_argmax(scaled_V.data_ptr(), len(scaled_V), seed % (1 << 64), position)
+
     def layers(self, weights: Sequence[BlockWeights], pages: Sequence[LayerPages]) -> CPULayers:
         """One call for all blocks."""
         return CPULayers(self, weights, pages)

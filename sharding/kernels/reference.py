@@ -21,6 +21,7 @@ from torch.nn.functional import silu
 
 from sharding.gguf.quants import dequantise
 from sharding.kernels.composed import ComposedLayers
+from sharding.model.sampling import gumbel_argmax
 
 if TYPE_CHECKING:
     from sharding.gguf.reader import GGUFFile
@@ -124,6 +125,10 @@ class ReferenceKernels:
         """The first half of the columns is the gate."""
         gate, up = gate_up_T2F.chunk(2, dim=-1)
         return silu(gate) * up
+
+    def gumbel_argmax(self, scaled_V: torch.Tensor, seed: int, position: int) -> int:
+        """By definition."""
+        return gumbel_argmax(scaled_V, seed, position)
 
     def layers(
         self, weights: Sequence[BlockWeights], pages: Sequence[LayerPages]

@@ -23,6 +23,7 @@ Shapes: V vocabulary, T tokens, N some of the vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -36,6 +37,10 @@ from vLLM."""
 
 SLAB_BYTES = 8 << 20
 """Most bytes of log-probabilities that `score` holds at a time (one row where a row is larger)."""
+
+
+Race = Callable[[Tensor, int, int], int]
+"""`gumbel_argmax`, by any arithmetic."""
 
 
 class History:
@@ -57,13 +62,25 @@ class History:
             self.output_counts_V[token] += 1.0
 
 
+def gumbel_argmax(scaled_V: Tensor, seed: int, position: int) -> int:
+    """The id of the largest `scaled + noise`; kernel sets have faster ways to the same."""
+    ids_V = torch.arange(scaled_V.numel(), device=scaled_V.device)
+    return _largest_id(scaled_V + gumbel(seed, position, ids_V))
+
+
 def draw(
-    logits_V: Tensor, params: SamplingParams, position: int, drawn: int, history: History | None
+    logits_V: Tensor,
+    params: SamplingParams,
+    position: int,
+    drawn: int,
+    history: History | None,
+    race: Race = gumbel_argmax,
 ) -> Choice:
     """Draw the token at index `position` of its request (prompt tokens + tokens drawn before).
 
     `logits_V` float32, unchanged on return; `drawn` counts the tokens drawn before. `history` may
-    be None where `params.needs_history` is False. Equal logits at temperature 0: the lowest id.
+    be None where `params.needs_history` is False. `race` decides among all tokens, where nothing
+    filters them. Equal logits at temperature 0: the lowest id.
     Raises `StageError` if a logit is NaN or +inf, or if no token is left to draw.
     """
     if params.temperature == 0.0 and params.logprobs is None and not _adjusts(params, drawn):
@@ -83,8 +100,11 @@ def draw(
     else:
         scaled_V = (adjusted_V - best) / params.temperature
         ids_N = survivors(scaled_V, params)
-        noisy_N = scaled_V[ids_N] + gumbel(params.seed, position, ids_N)
-        token = int(ids_N[noisy_N.argmax()])
+        if ids_N is None:
+            token = race(scaled_V, params.seed, position)
+        else:
+            noisy_N = scaled_V[ids_N] + gumbel(params.seed, position, ids_N)
+            token = int(ids_N[noisy_N.argmax()])
     if params.logprobs is None:
         return Choice(token)
     return score(logits_V[None], [token], params.logprobs)[0]
@@ -125,7 +145,7 @@ def _score_slab(logits_TV: Tensor, targets: list[int], alternatives: int) -> lis
 def _likeliest(logprobs_V: Tensor, count: int) -> list[tuple[int, float]]:
     if count == 0:
         return []
-    ids_N = _largest(logprobs_V, torch.arange(logprobs_V.numel(), device=logprobs_V.device), count)
+    ids_N = _largest(logprobs_V, count)
     return list(zip(ids_N.tolist(), logprobs_V[ids_N].tolist(), strict=True))
 
 
@@ -180,46 +200,54 @@ def _penalise(values_V: Tensor, params: SamplingParams, history: History) -> Ten
     return values_V - params.frequency_penalty * counts_V
 
 
-def survivors(scaled_V: Tensor, params: SamplingParams) -> Tensor:
-    """Ids that top_k, then top_p, then min_p leave to draw from; at least one.
+def survivors(scaled_V: Tensor, params: SamplingParams) -> Tensor | None:
+    """Ids that top_k, then top_p, then min_p leave to draw from, at least one; None if no filter is
+    set and all are left.
 
     `scaled_V` float64: logits over the temperature, shifted so that the largest is 0; a token at
     -inf never survives. top_k keeps exactly k, of equals the lower ids. top_p keeps the fewest
     likeliest whose share of what top_k left reaches top_p. min_p keeps what is at least min_p times
-    as likely as the likeliest.
+    as likely as the likeliest. Every filter first drops by one comparison what it surely drops:
+    few values then need gathering and sorting.
     """
-    ids_N = torch.nonzero(scaled_V > -math.inf).flatten()
+    ids_N: Tensor | None = None
     if params.top_k > 0:
-        ids_N = _largest(scaled_V, ids_N, params.top_k)
+        ids_N = _largest(scaled_V, params.top_k)
     if params.top_p < 1.0:
         ids_N = _nucleus(scaled_V, ids_N, params.top_p)
     if params.min_p > 0.0:
-        ids_N = ids_N[scaled_V[ids_N] >= math.log(params.min_p)]
+        least = math.log(params.min_p)
+        ids_N = _where(scaled_V >= least) if ids_N is None else ids_N[scaled_V[ids_N] >= least]
     return ids_N
 
 
-def _largest(values_V: Tensor, ids_N: Tensor, count: int) -> Tensor:
-    """The `count` of `ids_N` with the largest values, by falling value, equals by rising id.
+def _where(keep_V: Tensor) -> Tensor:
+    return torch.nonzero(keep_V).flatten()
 
-    `ids_N` ascends. topk alone leaves the order of equals open; it only finds where the border
-    lies, so that few values need the stable sort.
+
+def _largest(values_V: Tensor, count: int) -> Tensor:
+    """The ids of the `count` largest values above -inf, by falling value, equals by rising id.
+
+    topk alone leaves the order of equals open; it only finds where the border lies, so that few
+    values need the stable sort.
     """
-    values_N = values_V[ids_N]
-    if count < ids_N.numel():
-        near_N = values_N >= values_N.topk(count).values[-1]
-        ids_N, values_N = ids_N[near_N], values_N[near_N]
-    return ids_N[values_N.argsort(descending=True, stable=True)[:count]]
+    keep_V = values_V > -math.inf
+    if count < values_V.numel():
+        keep_V &= values_V >= values_V.topk(count).values[-1]
+    ids_N = _where(keep_V)
+    return ids_N[values_V[ids_N].argsort(descending=True, stable=True)[:count]]
 
 
-def _nucleus(scaled_V: Tensor, ids_N: Tensor, top_p: float) -> Tensor:
-    """The likeliest of `ids_N` until their share reaches `top_p` (arXiv 1904.09751).
+def _nucleus(scaled_V: Tensor, ids_N: Tensor | None, top_p: float) -> Tensor:
+    """The likeliest of `ids_N` (None: of all) until their share reaches `top_p` (arXiv 1904.09751).
 
     Tokens below `(1 - top_p) / N / 2` weigh less than half of what may be left out, even together:
     they need no sorting. The total is a running sum because `sum` divides its work by threads.
     """
-    weights_N = scaled_V[ids_N].exp()
+    weights_N = (scaled_V if ids_N is None else scaled_V[ids_N]).exp()
     total = weights_N.cumsum(0)[-1]
-    ids_N = ids_N[weights_N >= total * ((1.0 - top_p) / ids_N.numel() / 2)]
+    kept_N = _where(weights_N >= total * ((1.0 - top_p) / weights_N.numel() / 2))
+    ids_N = kept_N if ids_N is None else ids_N[kept_N]
     ids_N = ids_N[scaled_V[ids_N].argsort(descending=True, stable=True)]
     weights_N = scaled_V[ids_N].exp()
     before_N = weights_N.cumsum(0) - weights_N

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "block.h"
+#include "draw.h"
 #include "ops.h"
 #include "pool.h"
 
@@ -138,6 +139,12 @@ NB_MODULE(_cpu, m) {
         return names;
     });
     m.def("use_threads", &use_threads, Release());
+    m.def(
+        "gumbel_argmax",
+        [](Address scaled, int64_t n, uint64_t seed, uint64_t position) {
+            return gumbel_argmax(at<const double>(scaled), n, seed, position);
+        },
+        Release());
     m.def("threads", [] { return pool().threads(); });
     nb::class_<Kernels> kernels(m, "Kernels");
     nb::class_<Weight>(m, "Weight")

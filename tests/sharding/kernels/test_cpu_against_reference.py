@@ -315,3 +315,19 @@ def test_slots_that_the_window_has_left_may_hold_anything(
     found = attended(isa, heads, run, pages, window)
     unspoilt = 10 if run[0] == 0 else 0
     assert torch.equal(found[unspoilt:], expected[unspoilt:])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_the_race_of_noisy_logits(data: st.DataObject) -> None:
+    """All seeds and positions, vocabularies of any size, flat and steep, tokens that are banned."""
+    vocab, fill = data.draw(st.integers(1, 3000), "vocabulary"), data.draw(st.integers(0, 99))
+    spread = data.draw(st.sampled_from([0.0, 1e-3, 1.0, 5.0, 40.0, 1e300]), "spread")
+    scaled_V = normal(vocab, seed=fill).double() * spread
+    scaled_V -= scaled_V.max()
+    banned_V = normal(vocab, seed=fill + 1) < data.draw(st.sampled_from([-9.0, 0.0, 2.0]), "banned")
+    banned_V[scaled_V.argmax()] = False
+    scaled_V[banned_V] = -torch.inf
+    seed, position = data.draw(st.integers(-(2**63), 2**64 - 1)), data.draw(st.integers(0, 2**20))
+    found = KERNELS["portable"].gumbel_argmax(scaled_V, seed, position)
+    assert found == REFERENCE.gumbel_argmax(scaled_V, seed, position)
