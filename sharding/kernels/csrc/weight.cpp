@@ -158,21 +158,26 @@ void close_chunk(const uint8_t* q, uint32_t* words) {
     }
 }
 
-// The same in Order::Bytes: 32 values as planes of bytes, each word of a plane at `words`.
+// One plane of close_planes: bits [from, from + WIDTH) of 32 values, four side by side in a word.
+template <int WIDTH>
+void close_plane(const uint32_t* steps, int from, uint32_t* words) {
+    constexpr int a_word = 8 / WIDTH;
+    constexpr uint32_t field = ((1u << WIDTH) - 1) * 0x01010101u;
+    for (int w = 0; w < WIDTH; ++w) {
+        words[w] = 0;
+        for (int i = 0; i < a_word; ++i)
+            words[w] |= (steps[w * a_word + i] >> from & field) << (i * WIDTH);
+    }
+}
+
+// The same in Order::Bytes: 32 values as planes.
 template <Layout F>
 void close_planes(const uint8_t* q, uint32_t* words) {
-    uint8_t bytes[F.bits * 4] = {};
-    const auto put = [&](int plane_at, int width, int k, int part) {
-        const int step = k / STEP, steps = 8 / width;
-        bytes[(plane_at + step / steps) * 4 + k % STEP] |=
-            static_cast<uint8_t>(part << (step % steps * width));
-    };
     constexpr Planes p = planes(F);
-    for (int k = 0; k < CHUNK; ++k) {
-        put(0, p.low, k, q[k] & ((1 << p.low) - 1));
-        if constexpr (p.high != 0) put(p.low, p.high, k, q[k] >> p.low);
-    }
-    std::memcpy(words, bytes, sizeof bytes);
+    uint32_t steps[CHUNK / STEP];
+    std::memcpy(steps, q, sizeof steps);
+    close_plane<p.low>(steps, 0, words);
+    if constexpr (p.high != 0) close_plane<p.high>(steps, p.low, words + p.low);
 }
 
 void put_half(uint8_t* unit, int at, int lane, uint16_t half) {
