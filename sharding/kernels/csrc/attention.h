@@ -23,23 +23,33 @@ struct Partial {
     float most, total;
 };
 
-// What will be read after a block: pieces of memory one after the other, fetched line by line while
-// the block is computed. From one end to the other, so that the hardware, which does not see from
-// page to page, sees the run within one. Into the second-level cache.
-struct Ahead {
-    const uint8_t* pieces[BLOCK_PAGES];
-    size_t piece_bytes = 0, at = 0;
-    int piece = 0, stop = 0;
-
-    void fetch() {
-        if (piece == stop) return;
-        __builtin_prefetch(pieces[piece] + at, 0, 2);
-        at += 64;
-        if (at >= piece_bytes) {
-            at = 0;
-            ++piece;
+// What will be read after a block, fetched line by line while the block is computed: runs of
+// memory, from one end to the other, so that the hardware, which does not see from page to page,
+// sees the run within one. Into the second-level cache.
+class Ahead {
+  public:
+    void add(const uint8_t* from, size_t bytes) {
+        if (runs_ && end_[runs_ - 1] == from) {  // pages mostly follow one another
+            end_[runs_ - 1] += bytes;
+        } else {
+            from_[runs_] = from;
+            end_[runs_++] = from + bytes;
         }
     }
+    void fetch() {
+        if (at_ >= stop_) {
+            if (next_ == runs_) return;
+            at_ = from_[next_];
+            stop_ = end_[next_++];
+        }
+        __builtin_prefetch(at_, 0, 2);
+        at_ += 64;
+    }
+
+  private:
+    const uint8_t *at_ = nullptr, *stop_ = nullptr;
+    int next_ = 0, runs_ = 0;
+    const uint8_t *from_[BLOCK_PAGES], *end_[BLOCK_PAGES];
 };
 
 // y[t][p] = sum over k of x[t * t_step + k * k_step] * w[k][p]; one chain each, k after k. Halves
@@ -293,11 +303,12 @@ struct Attended {
         const int count = (slots + PAGE - 1) / PAGE, mine = kv_head % size;
         const int fetched = std::min(size, heads - next);
         const auto share = [&](Ahead& ahead, const uint16_t* of) {
-            ahead.piece_bytes = static_cast<size_t>(fetched) * PAGE * pages->dim * sizeof(uint16_t);
-            ahead.piece = 0;
+            const size_t bytes =
+                static_cast<size_t>(fetched) * PAGE * pages->dim * sizeof(uint16_t);
             for (int p = count * mine / size; p < count * (mine + 1) / size; ++p)
-                ahead.pieces[ahead.stop++] = reinterpret_cast<const uint8_t*>(
-                    of + pages->at(segment->table[index * BLOCK_PAGES + p], next));
+                ahead.add(reinterpret_cast<const uint8_t*>(
+                              of + pages->at(segment->table[index * BLOCK_PAGES + p], next)),
+                          bytes);
         };
         share(block.ahead_keys, pages->keys);
         share(block.ahead_values, pages->values);
