@@ -16,7 +16,7 @@ constexpr int PAGE = 16;
 constexpr int BLOCK_PAGES = BLOCK_SLOTS / PAGE;
 constexpr int ROW_TILE = TILE_TOKENS;
 constexpr int GROUP_BYTES = 1 << 18;
-constexpr int ROWS_A_TASK = 48;  // queries that meet a block once it is expanded to float32
+constexpr int ROWS_A_TASK = 96;  // queries that meet a block once it is expanded to float32
 
 // A softmax over some slots: the largest score, and the sum of e^(score - largest).
 struct Partial {
@@ -359,7 +359,7 @@ inline size_t widened_floats(int dim, int padded) {
     return static_cast<size_t>(BLOCK_SLOTS) * (dim + padded);
 }
 
-// Many rows: each task takes up to 48 of them through all blocks.
+// Many rows: each task takes ROWS_A_TASK of them through all blocks.
 inline void attend_rows(const Attended& a, int first, int stop) {
     static thread_local Scratch<float> scratch;
     const int dim = a.pages->dim, padded = a.padded, rows = stop - first;
