@@ -192,12 +192,19 @@ def test_a_token_that_is_not_finite_spoils_its_own_row_only(
         assert not found[tokens // 2].isfinite().any()
 
 
-@pytest.mark.skipif("avx512_vnni" not in KERNELS, reason="one order of packing here")
-def test_a_weight_packed_for_another_instruction_set_is_refused() -> None:
-    file = file_of(w=("Q4_0", random_raw("Q4_0", 16, 64)))
-    foreign = KERNELS["portable"].pack(file, ["w"])
-    with pytest.raises(ValueError, match="another instruction set"):
-        KERNELS["avx512_vnni"].matmul(normal(1, 64), foreign)
+@on_every_instruction_set
+@pytest.mark.parametrize("packed_for", KERNELS)
+def test_a_weight_of_another_instruction_set_is_refused_or_right(isa: str, packed_for: str) -> None:
+    """Which of them pack alike is their affair; what none may do is read bytes in a wrong order."""
+    raw, x_TI = random_raw("Q4_0", 16, 64), normal(1, 64)
+    weight = KERNELS[packed_for].pack(file_of(w=("Q4_0", raw)), ["w"])
+    try:
+        found = KERNELS[isa].matmul(x_TI, weight)
+    except ValueError as error:
+        assert isa != packed_for and "another instruction set" in str(error)
+        return
+    truth, bound = bounds.matmul(isa, x_TI, bounds.exact_weight("Q4_0", raw))
+    assert ((found.double() - truth).abs() <= bound).all()
 
 
 @on_every_instruction_set
