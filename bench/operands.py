@@ -58,7 +58,7 @@ def packed_copies(kernels: CPUKernels, format: str, shape: Shape) -> tuple[_cpu.
 
 def _packed(kernels: CPUKernels, type_id: int, shape: Shape, raw: NDArray[np.uint8]) -> _cpu.Weight:
     weight = _cpu.Weight(shape[1], kernels.native)
-    weight.append(type_id, shape[0], raw.ctypes.data, raw.shape[1])
+    weight.append(type_id, [shape[0]], [raw.ctypes.data], raw.shape[1])
     return weight
 
 

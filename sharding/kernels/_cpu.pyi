@@ -4,7 +4,8 @@ class Weight:
     """Packed as these kernels want it."""
 
     def __init__(self, cols: int, kernels: Kernels) -> None: ...
-    def append(self, type: int, rows: int, file: int, row_bytes: int) -> None: ...
+    def append(self, type: int, rows: list[int], files: list[int], row_bytes: int) -> None:
+        """Tensors of one type; all but the last have whole panels of rows."""
     @property
     def rows(self) -> int: ...
     @property

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sharding.batch import PAGE_SLOTS
+from sharding.cost import PANEL_ROWS
 from sharding.errors import ConfigError, UnsupportedModelError
 
 try:
@@ -24,7 +25,7 @@ except ImportError as missing:
     ) from missing
 
 if TYPE_CHECKING:
-    from sharding.gguf.reader import GGUFFile
+    from sharding.gguf.reader import GGUFFile, TensorInfo
     from sharding.kernels import BlockWeights, Weight
     from sharding.model.attention import BatchIndex
     from sharding.model.kv_cache import LayerPages
@@ -54,10 +55,16 @@ class CPUKernels:
                     f"tensor {info.name} has quantisation {info.format.name}, which is not computed"
                 )
         weight = _cpu.Weight(infos[0].cols, self.native)
-        for info in infos:
-            raw = file.raw(info.name)
-            assert raw.flags.c_contiguous and len(raw) == info.rows, info.name
-            weight.append(info.format.type_id, info.rows, raw.ctypes.data, raw.shape[1])
+        for alike in _alike(infos):
+            raws = [file.raw(info.name) for info in alike]
+            for info, raw in zip(alike, raws, strict=True):
+                assert raw.flags.c_contiguous and len(raw) == info.rows, info.name
+            weight.append(
+                alike[0].format.type_id,
+                [info.rows for info in alike],
+                [raw.ctypes.data for raw in raws],
+                raws[0].shape[1],
+            )
         return weight
 
     def embed(self, weight: Weight, ids_T: torch.Tensor) -> torch.Tensor:
@@ -172,6 +179,19 @@ class CPULayers:
         y_TI = torch.empty_like(x_TI)
         self._layers.run(_address(x_TI), _native_batch(index), y_TI.data_ptr())
         return y_TI
+
+
+def _alike(infos: Sequence[TensorInfo]) -> list[list[TensorInfo]]:
+    """Runs of tensors of one format, which are one matrix to the kernels: one call computes them.
+    Only the last of a run may end within a panel."""
+    runs: list[list[TensorInfo]] = []
+    for info in infos:
+        before = runs[-1][-1] if runs else None
+        if before and before.format == info.format and before.rows % PANEL_ROWS == 0:
+            runs[-1].append(info)
+        else:
+            runs.append([info])
+    return runs
 
 
 def _native_pages(heads: int, pages: LayerPages) -> _cpu.Pages:

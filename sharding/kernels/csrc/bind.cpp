@@ -152,8 +152,12 @@ NB_MODULE(_cpu, m) {
                             const Kernels& kernels) { new (self) Weight(cols, kernels.ops.order); })
         .def(
             "append",
-            [](Weight& self, int type, int rows, Address file, size_t row_bytes) {
-                self.append(type, rows, at<const uint8_t>(file), row_bytes);
+            [](Weight& self, int type, std::vector<int> rows, std::vector<Address> files,
+               size_t row_bytes) {
+                std::vector<Rows> tensors;
+                for (size_t i = 0; i < rows.size(); ++i)
+                    tensors.push_back({rows[i], at<const uint8_t>(files.at(i))});
+                self.append(type, tensors, row_bytes);
             },
             Release())
         .def_prop_ro("rows", &Weight::rows)

@@ -224,12 +224,15 @@ void pack_wide(const uint8_t* from, uint8_t* unit, int lane, int columns) {
 }
 
 template <Layout F>
-void pack_panel(const Part& part, int panel, const uint8_t* file, size_t row_bytes) {
-    const int rows = std::min(LANES, part.rows - panel * LANES);
+void pack_panel(const Part& part, int panel, const std::vector<Rows>& tensors, size_t row_bytes) {
+    int first = panel * LANES;
+    const Rows* tensor = tensors.data();
+    for (; first >= tensor->count; ++tensor) first -= tensor->count;
+    const int rows = std::min(LANES, tensor->count - first);
     for (int u = 0; u < part.units(); ++u) {
         uint8_t* unit = part.panel(panel) + static_cast<size_t>(u) * part.unit_stride(panel);
         for (int lane = 0; lane < rows; ++lane) {
-            const uint8_t* from = file + static_cast<size_t>(panel * LANES + lane) * row_bytes +
+            const uint8_t* from = tensor->file + static_cast<size_t>(first + lane) * row_bytes +
                                   static_cast<size_t>(u) * F.block;
             if (is_packed(F) || (is_quantised(F) && part.order == Order::Bytes)) {
                 if constexpr (is_quantised(F)) pack_packed<F>(from, unit, lane, part.order);
@@ -257,7 +260,14 @@ Memory::~Memory() {
     if (data_) munmap(data_, bytes_);
 }
 
-void Weight::append(int type, int rows, const uint8_t* file, size_t row_bytes) {
+void Weight::append(int type, const std::vector<Rows>& tensors, size_t row_bytes) {
+    int rows = 0;
+    bool whole = true;
+    for (const Rows& tensor : tensors) {
+        whole = whole && tensor.count > 0 && rows % LANES == 0;
+        rows += tensor.count;
+    }
+    if (!whole) throw std::invalid_argument("a tensor that does not end with a panel");
     const bool known = with_layout(type, [&]<Layout F>() {
         constexpr int unit = F.type == Type::Q8_0 || is_packed(F) ? F.columns() : 1;
         constexpr int unit_bytes = unit == 1 ? F.bits / 8 : F.block;
@@ -266,7 +276,8 @@ void Weight::append(int type, int rows, const uint8_t* file, size_t row_bytes) {
             throw std::invalid_argument("a row's bytes do not fit its columns");
         Part shape{F, order_, rows, cols_, Memory(1)};
         Part part{F, order_, rows, cols_, Memory(shape.panels() * shape.panel_bytes())};
-        pool().run(part.panels(), [&](int panel) { pack_panel<F>(part, panel, file, row_bytes); });
+        pool().run(part.panels(),
+                   [&](int panel) { pack_panel<F>(part, panel, tensors, row_bytes); });
         parts_.push_back(std::move(part));
         rows_ += rows;
     });

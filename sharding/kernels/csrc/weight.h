@@ -61,6 +61,12 @@ struct Part {
     }
 };
 
+// A tensor's rows in a file.
+struct Rows {
+    int count;
+    const uint8_t* file;
+};
+
 // Matrices of equal columns, stacked by rows. Packed once, read by any thread afterwards.
 class Weight {
   public:
@@ -68,9 +74,10 @@ class Weight {
     Weight(const Weight&) = delete;
     Weight& operator=(const Weight&) = delete;
 
-    // Packs `rows` rows as the file has them, each `row_bytes` long. Throws std::invalid_argument
-    // for a type that is not computed or a row of another length.
-    void append(int type, int rows, const uint8_t* file, size_t row_bytes);
+    // Packs tensors of one type as one part, as the file has their rows, each `row_bytes` long.
+    // Throws std::invalid_argument for a type that is not computed, a row of another length, or a
+    // tensor but the last whose rows are not whole panels.
+    void append(int type, const std::vector<Rows>& tensors, size_t row_bytes);
 
     int rows() const { return rows_; }
     int cols() const { return cols_; }
