@@ -216,21 +216,34 @@ __attribute__((noinline)) void block_parts(const Block& block, const Queries& q,
                 std::min(slots - 1, q.last[t] - block.start), y + t * block.padded);
 }
 
-// A row's running softmax takes in the next block's part.
-inline void merge(Partial& sum, float* mixed, const Partial& part, const float* y, int padded) {
-    if (part.total == 0.0f) return;  // saw nothing there; a NaN is not 0
-    if (sum.total == 0.0f) {
-        sum = part;
-        std::memcpy(mixed, y, sizeof(float) * static_cast<size_t>(padded));
-        return;
+// The running softmaxes of a tile's rows take in the next block's parts.
+inline void merge(Partial* sums, float* mixed, const Partial* parts, const float* y, int rows,
+                  int padded) {
+    alignas(64) float keep[(ROW_TILE + LANES - 1) / LANES * LANES] = {}, take[std::size(keep)] = {};
+    for (int t = 0; t < rows; ++t) {
+        const float most = parts[t].most > sums[t].most ? parts[t].most : sums[t].most;
+        keep[t] = sums[t].most - most;
+        take[t] = parts[t].most - most;
     }
-    const float most = part.most > sum.most ? part.most : sum.most;
-    alignas(64) float shift[LANES] = {sum.most - most, part.most - most};
-    store(shift, exp(load(shift)));
-    const V keep = splat(shift[0]), take = splat(shift[1]);
-    sum = {most, sum.total * shift[0] + part.total * shift[1]};
-    for (int d = 0; d < padded; d += LANES)
-        store(mixed + d, fma(load(y + d), take, mul(load(mixed + d), keep)));
+    for (int t = 0; t < rows; t += LANES) {
+        store(keep + t, exp(load(keep + t)));
+        store(take + t, exp(load(take + t)));
+    }
+    for (int t = 0; t < rows; ++t, mixed += padded, y += padded) {
+        Partial& sum = sums[t];
+        const Partial& part = parts[t];
+        if (part.total == 0.0f) continue;  // saw nothing there; a NaN is not 0
+        if (sum.total == 0.0f) {
+            sum = part;
+            std::memcpy(mixed, y, sizeof(float) * static_cast<size_t>(padded));
+            continue;
+        }
+        sum.most = part.most > sum.most ? part.most : sum.most;
+        sum.total = sum.total * keep[t] + part.total * take[t];
+        const V old = splat(keep[t]), next = splat(take[t]);
+        for (int d = 0; d < padded; d += LANES)
+            store(mixed + d, fma(load(y + d), next, mul(load(mixed + d), old)));
+    }
 }
 
 // One segment and kv head, and what every task over them needs.
@@ -389,10 +402,8 @@ inline void attend_rows(const Attended& a, int first, int stop) {
                 continue;
             with_tile(tile_for(n),
                       [&]<int ROWS>() { block_parts<ROWS>(block, queries[i], scores, parts, y); });
-            for (int t = 0; t < n; ++t)
-                merge(sums[i * ROW_TILE + t],
-                      mixed + static_cast<size_t>(i * ROW_TILE + t) * padded, parts[t],
-                      y + t * padded, padded);
+            merge(sums + i * ROW_TILE, mixed + static_cast<size_t>(i) * ROW_TILE * padded, parts, y,
+                  n, padded);
         }
     }
     for (int t = 0; t < rows; ++t)
@@ -465,15 +476,13 @@ inline void attention(const float* q, const std::vector<Segment>& segments, cons
                      mixes + task.slot * part_floats);
     });
     for (const Task& single : few) {
-        for (int row = 0; row < single.a.rows(); ++row) {
-            Partial sum{};
-            float* mixed = mixes + single.slot * part_floats + static_cast<size_t>(row) * padded;
-            const Partial* part = parts + static_cast<size_t>(single.slot) * ROW_TILE + row;
-            for (int index = single.first; index < single.stop; ++index, part += ROW_TILE) {
-                const size_t at = (single.slot + index - single.first) * part_floats;
-                merge(sum, mixed, *part, mixes + at + static_cast<size_t>(row) * padded, padded);
-            }
-            single.a.finish(row, sum, mixed);
-        }
+        const int rows = single.a.rows();
+        Partial sums[ROW_TILE] = {};
+        float* mixed = mixes + single.slot * part_floats;
+        for (int slot = single.slot; slot < single.slot + single.stop - single.first; ++slot)
+            merge(sums, mixed, parts + static_cast<size_t>(slot) * ROW_TILE,
+                  mixes + slot * part_floats, rows, padded);
+        for (int row = 0; row < rows; ++row)
+            single.a.finish(row, sums[row], mixed + static_cast<size_t>(row) * padded);
     }
 }
