@@ -38,7 +38,9 @@ err = Console(stderr=True, highlight=False)
 Model = Annotated[str, typer.Argument(help="A .gguf file, the first of a split set, or `smollm2`.")]
 Stages = Annotated[int, typer.Option(min=1, help="Stages that the layers are divided over.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all cores.")]
-KernelSet = Annotated[str, typer.Option("--kernels", help="auto, cpu (compiled) or reference.")]
+KernelSet = Annotated[
+    str, typer.Option("--kernels", help="auto, cpu (compiled), reference or triton.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a line on stdout.")]
 KvDtype = Annotated[str, typer.Option(help="Type of the KV cache; fp16 is the only one yet.")]
 

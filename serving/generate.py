@@ -20,8 +20,7 @@ from sharding.batch import SamplingParams
 from sharding.errors import ConfigError, ContextLengthError, PipelineError, RequestError
 from sharding.gguf.reader import GGUFFile
 from sharding.gguf.tokenizer import Tokenizer
-from sharding.kernels import use_threads
-from sharding.memory import available_bytes
+from sharding.kernels import free_bytes, use_threads
 from sharding.model.arch import read_shape
 from sharding.model_plan import Wanted, plan_model
 from sharding.planner import Device
@@ -39,7 +38,7 @@ class LocalModel:
         if threads is not None and threads > cores:
             raise ConfigError(f"--threads {threads} exceeds the {cores} cores of this process")
         self.threads = threads or cores
-        free = int(available_bytes() * _MEMORY_SHARE) // stages
+        free = int(free_bytes(wanted.kernels) * _MEMORY_SHARE) // stages
         devices = [Device(f"cpu, part {number}", free) for number in range(stages)]
         with GGUFFile.open(path) as file:
             planned = plan_model(file, devices, wanted)

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from sharding.cost import fp32_resident, model_costs, packed_resident
 from sharding.errors import ConfigError
 from sharding.gguf.reader import GGUFFile, TensorInfo
+from sharding.kernels.planes import planes_resident
 from sharding.model.arch import read_shape
 from sharding.planner import Device, Plan, largest_context, make_plan
 
@@ -23,6 +24,7 @@ once."""
 RESIDENT: dict[str, Callable[[TensorInfo], int]] = {
     "cpu": packed_resident,
     "reference": fp32_resident,
+    "triton": planes_resident,
 }
 """What each kernel set keeps of a tensor. Here, not in the sets: planning must not import torch."""
 

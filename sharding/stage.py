@@ -75,9 +75,13 @@ class Stage:
         self._head: Weight | None = None
         if self.is_last:
             self._head = load_head(file, self.kernels, self._embedding)
-            self._output_norm_I = load_vector(file, OUTPUT_NORM)
+            self._output_norm_I = load_vector(file, OUTPUT_NORM).to(self.kernels.device)
         self._pages = PageStore(
-            len(self._blocks), spec.pages, self.shape.kv_heads, self.shape.head_dim
+            len(self._blocks),
+            spec.pages,
+            self.shape.kv_heads,
+            self.shape.head_dim,
+            self.kernels.device,
         )
         self._layers = self.kernels.layers(self._blocks, self._pages.layers)
         self._open: dict[int, _Open] = {}
@@ -134,7 +138,7 @@ class Stage:
         try:
             hidden_TI = self.hidden(batch, hidden_TI)
             if not self.is_last:
-                return StageOutput(hidden_TI=hidden_TI)
+                return StageOutput(hidden_TI=hidden_TI.cpu())
             return StageOutput(segments=list(self._results(batch, hidden_TI)))
         except (RuntimeError, IndexError, MemoryError) as error:
             # What torch raises, above all when memory is short: this batch is lost, the stage not.
@@ -151,7 +155,7 @@ class Stage:
                 all(0 <= page < self.spec.pages for page in opened.pages),
             )
             if self.is_last and opened.sampling.needs_history:
-                entry.history = History(self.shape.vocab)
+                entry.history = History(self.shape.vocab, self.kernels.device)
             self._open[opened.request] = entry
 
     @torch.inference_mode()
@@ -159,14 +163,15 @@ class Stage:
         """Hidden states `[T, I]` after this stage's layers; writes the batch's KV."""
         self._check(batch)
         tables = {segment.request: self._open[segment.request].table for segment in batch.segments}
-        index = build_index(batch.segments, tables, self.shape, self._freqs_R)
+        device = self.kernels.device
+        index = build_index(batch.segments, tables, self.shape, self._freqs_R).to(device)
         if self._embedding is not None:
             ids = [token for segment in batch.segments for token in segment.tokens]
             hidden_TI = self.kernels.embed(self._embedding, torch.tensor(ids))
         if hidden_TI is None or hidden_TI.shape != (batch.n_tokens, self.shape.hidden):
             got = None if hidden_TI is None else list(hidden_TI.shape)
             raise StageError(f"hidden states {got} for {batch.n_tokens} x {self.shape.hidden}")
-        return self._layers.run(hidden_TI, index)
+        return self._layers.run(hidden_TI.to(device), index)
 
     @torch.inference_mode()
     def logits(self, hidden_TI: torch.Tensor) -> torch.Tensor:

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from sharding.errors import ConfigError
+from sharding.memory import available_bytes
 
-KERNEL_SETS = ("cpu", "reference")
+KERNEL_SETS = ("cpu", "reference", "triton")
 
 if TYPE_CHECKING:
     import torch
@@ -85,6 +86,9 @@ class Kernels(Protocol):
 
     name: str
 
+    device: torch.device
+    """Where its weights, pages, activations and results are."""
+
     def pack(self, file: GGUFFile, names: Sequence[str]) -> Weight:
         """Load tensors of equal `cols`, stacked by rows, in the order of `names`.
 
@@ -143,7 +147,24 @@ def load_kernels(name: str) -> Kernels:
         from sharding.kernels.reference import ReferenceKernels
 
         return ReferenceKernels()
+    if name == "triton":
+        from sharding.kernels.triton import TritonKernels
+
+        return TritonKernels()
     raise ConfigError(f"no kernel set {name!r}; there are: {', '.join(KERNEL_SETS)}")
+
+
+def free_bytes(name: str) -> int:
+    """Bytes that stages of this kernel set can have here: of the GPU, or of this machine."""
+    if name == "triton":
+        from sharding.kernels.triton import choose_device
+
+        device = choose_device()
+        if device.type == "cuda":
+            import torch
+
+            return torch.cuda.mem_get_info(device)[0]
+    return available_bytes()
 
 
 def use_threads(threads: int, kernels: str) -> None:

@@ -41,6 +41,7 @@ class CPUKernels:
     """
 
     name = "cpu"
+    device = torch.device("cpu")
 
     def __init__(self, instruction_set: str = INSTRUCTION_SETS[0]) -> None:
         self.instruction_set = instruction_set

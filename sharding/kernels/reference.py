@@ -66,6 +66,7 @@ class ReferenceKernels:
     """See the contract in `sharding/kernels/__init__.py`."""
 
     name = "reference"
+    device = torch.device("cpu")
 
     def pack(self, file: GGUFFile, names: Sequence[str]) -> Weight:
         """Dequantise and stack."""

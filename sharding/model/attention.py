@@ -8,7 +8,7 @@ Built once a batch and stage, shared by all layers. Not here: the arithmetic (`k
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -44,6 +44,20 @@ class BatchIndex:
     sin_TR: torch.Tensor
     pair_shape: tuple[int, int]
     pair_axis: int
+
+    def to(self, device: torch.device) -> BatchIndex:
+        """What kernels read there; `rows` stay on the host, which cuts the work by them."""
+        if device == self.tables.device:
+            return self
+        return replace(
+            self,
+            spans_N4=self.spans_N4.to(device),
+            tables=self.tables.to(device),
+            page_T=self.page_T.to(device),
+            slot_T=self.slot_T.to(device),
+            cos_TR=self.cos_TR.to(device),
+            sin_TR=self.sin_TR.to(device),
+        )
 
 
 def build_index(

@@ -14,10 +14,10 @@ def load_block(file: GGUFFile, layer: int, eps: float, kernels: Kernels) -> Bloc
     """Load layer `layer`; `check_tensors` has passed."""
     blk = f"blk.{layer}."
     return BlockWeights(
-        attn_norm_I=load_vector(file, blk + "attn_norm.weight"),
+        attn_norm_I=load_vector(file, blk + "attn_norm.weight").to(kernels.device),
         qkv=kernels.pack(file, [blk + f"attn_{part}.weight" for part in "qkv"]),
         attn_output=kernels.pack(file, [blk + "attn_output.weight"]),
-        ffn_norm_I=load_vector(file, blk + "ffn_norm.weight"),
+        ffn_norm_I=load_vector(file, blk + "ffn_norm.weight").to(kernels.device),
         gate_up=kernels.pack(file, [blk + "ffn_gate.weight", blk + "ffn_up.weight"]),
         ffn_down=kernels.pack(file, [blk + "ffn_down.weight"]),
         eps=eps,

@@ -55,14 +55,23 @@ class LayerPages:
 class PageStore:
     """The pages of a stage's layers. Memory is committed as pages are first written."""
 
-    def __init__(self, layers: int, pages: int, kv_heads: int, head_dim: int) -> None:
-        keys = _lazy_zeros((layers, pages, kv_heads, head_dim, PAGE_SLOTS))
-        values = _lazy_zeros((layers, pages, kv_heads, PAGE_SLOTS, head_dim))
+    def __init__(
+        self,
+        layers: int,
+        pages: int,
+        kv_heads: int,
+        head_dim: int,
+        device: torch.device | None = None,
+    ) -> None:
+        keys = _lazy_zeros((layers, pages, kv_heads, head_dim, PAGE_SLOTS), device)
+        values = _lazy_zeros((layers, pages, kv_heads, PAGE_SLOTS, head_dim), device)
         self.layers = [LayerPages(k, v) for k, v in zip(keys, values, strict=True)]
         self.n_bytes = 2 * keys.numel() * keys.element_size()
 
 
-def _lazy_zeros(shape: tuple[int, ...]) -> torch.Tensor:
-    """FP16 zeros from calloc, so that an unused page costs no memory (torch.zeros would touch
-    all)."""
+def _lazy_zeros(shape: tuple[int, ...], device: torch.device | None) -> torch.Tensor:
+    """FP16 zeros, on the host from calloc, so that an unused page costs no memory (torch.zeros
+    would touch all)."""
+    if device is not None and device.type != "cpu":
+        return torch.zeros(shape, dtype=torch.float16, device=device)
     return torch.from_numpy(np.zeros(shape, dtype=np.float16))

@@ -1,0 +1,159 @@
+"""The Triton kernels as a set: for NVIDIA GPUs, and for tests in Triton's interpreter.
+
+Chosen by name; nothing falls back to it or from it. With TRITON_INTERPRET=1 in the environment,
+which Triton reads when the kernels are imported, the same kernels are interpreted on the CPU:
+right, and ten thousand times slower.
+
+Not here: the arithmetic (`triton_matmul.py`, `triton_attention.py`, `triton_rows.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from sharding.errors import ConfigError, UnsupportedModelError
+from sharding.kernels.composed import ComposedLayers
+from sharding.kernels.planes import PLANES
+
+try:
+    import triton
+except ImportError as missing:
+    raise ConfigError(
+        f"--kernels triton: {missing}; Triton comes with a torch built for CUDA, or as the package "
+        "`triton` (Linux only)"
+    ) from missing
+
+from sharding.kernels import triton_attention, triton_matmul, triton_rows
+from sharding.kernels.triton_weights import PlanesWeight, pack
+
+if TYPE_CHECKING:
+    from sharding.gguf.reader import GGUFFile
+    from sharding.kernels import BlockWeights, Weight
+    from sharding.model.attention import BatchIndex
+    from sharding.model.kv_cache import LayerPages
+
+LEAST_CAPABILITY = (8, 0)
+"""Ampere: the first with the asynchronous copies and matrix instructions that Triton emits here."""
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on the CPU."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def choose_device() -> torch.device:
+    """The first GPU, or the CPU under the interpreter. Raises `ConfigError` that says what is
+    missing."""
+    if interpreted():
+        return torch.device("cpu")
+    if torch.version.cuda is None:
+        raise ConfigError(
+            f"--kernels triton needs a GPU, and torch {torch.__version__} was built without CUDA"
+        )
+    try:
+        torch.cuda.init()
+        capability = torch.cuda.get_device_capability()
+    except (RuntimeError, AssertionError) as error:  # no driver, one too old, no GPU
+        raise ConfigError(f"--kernels triton needs a GPU: {error}") from error
+    if capability < LEAST_CAPABILITY:
+        name, (major, minor) = torch.cuda.get_device_name(), capability
+        raise ConfigError(
+            f"--kernels triton needs compute capability {LEAST_CAPABILITY[0]}.0 or higher; {name} "
+            f"has {major}.{minor}"
+        )
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+class TritonKernels:
+    """See the contract in `sharding/kernels/__init__.py`."""
+
+    name = "triton"
+
+    def __init__(self) -> None:
+        self.device = choose_device()
+        slow = interpreted()
+        self._products = triton_matmul.Products(
+            self.device, triton_matmul.INTERPRETED if slow else triton_matmul.Tiles()
+        )
+        self._tiles = triton_attention.INTERPRETED if slow else triton_attention.Tiles()
+        # The batch at work and how its attention is cut: layers ask for the same one by one.
+        self._index: BatchIndex | None = None
+        self._works: dict[tuple[int, int, int], triton_attention.Work] = {}
+
+    def pack(self, file: GGUFFile, names: Sequence[str]) -> Weight:
+        """Split into planes on the device."""
+        infos = [file.tensors[name] for name in names]
+        for info in infos:
+            if info.format.name not in PLANES:
+                raise UnsupportedModelError(
+                    f"tensor {info.name} has quantisation {info.format.name}, which is not computed"
+                )
+        return pack(file, infos, self.device)
+
+    def embed(self, weight: Weight, ids_T: torch.Tensor) -> torch.Tensor:
+        """Rows expanded by their ids. Raises `IndexError` for a row there is not."""
+        if len(ids_T) and not 0 <= int(ids_T.min()) <= int(ids_T.max()) < weight.rows:
+            raise IndexError(f"a row outside [0, {weight.rows})")
+        return self._products.rows(_own(weight), ids_T.to(self.device))
+
+    def matmul(
+        self, x_TI: torch.Tensor, weight: Weight, residual_TO: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """By the number of tokens: see `triton_matmul.py`."""
+        assert x_TI.is_contiguous() and x_TI.shape[1] == weight.cols, x_TI.shape
+        if residual_TO is not None:
+            assert residual_TO.is_contiguous(), residual_TO.stride()
+            assert residual_TO.shape == (len(x_TI), weight.rows), residual_TO.shape
+        return self._products.matmul(x_TI, _own(weight), residual_TO)
+
+    def rms_norm(self, x_TI: torch.Tensor, scale_I: torch.Tensor, eps: float) -> torch.Tensor:
+        """A row a program."""
+        return triton_rows.rms_norm(x_TI.contiguous(), scale_I, eps)
+
+    def rotate_and_store(
+        self, qkv_TX: torch.Tensor, index: BatchIndex, pages: LayerPages
+    ) -> torch.Tensor:
+        """Pages are written in place."""
+        return triton_rows.rotate_and_store(qkv_TX, index, pages)
+
+    def attention(
+        self, q_TX: torch.Tensor, index: BatchIndex, pages: LayerPages, window: int = 0
+    ) -> torch.Tensor:
+        """Few rows of a request finely, chunks in FP16: see `triton_attention.py`."""
+        if self._index is not index:
+            self._index, self._works = index, {}
+        dim, kv_heads = pages.head_dim, pages.kv_heads
+        assert dim <= triton_attention.MOST_DIMS, dim  # `layers` says so to the user
+        shared, rows = q_TX.shape[1] // dim // kv_heads, self._tiles.rows_of(dim)
+        way = shared, window, rows
+        if way not in self._works:
+            self._works[way] = triton_attention.plan_work(index, shared, window, rows)
+        return triton_attention.attend(q_TX, index, pages, window, self._works[way], self._tiles)
+
+    def gated_silu(self, gate_up_T2F: torch.Tensor) -> torch.Tensor:
+        """The first half of the columns is the gate."""
+        return triton_rows.gated_silu(gate_up_T2F)
+
+    def gumbel_argmax(self, scaled_V: torch.Tensor, seed: int, position: int) -> int:
+        """Block by block, then among the blocks' best."""
+        return triton_rows.gumbel_argmax(scaled_V, seed, position)
+
+    def layers(
+        self, weights: Sequence[BlockWeights], pages: Sequence[LayerPages]
+    ) -> ComposedLayers:
+        """Kernel by kernel. Raises `UnsupportedModelError` for heads beyond the kernels' range."""
+        for layer in pages:
+            if layer.head_dim > triton_attention.MOST_DIMS:
+                raise UnsupportedModelError(
+                    f"attention heads of {layer.head_dim} numbers; the Triton kernels take up to "
+                    f"{triton_attention.MOST_DIMS}"
+                )
+        return ComposedLayers(self, weights, pages)
+
+
+def _own(weight: Weight) -> PlanesWeight:
+    assert isinstance(weight, PlanesWeight), "a weight of another kernel set"
+    return weight

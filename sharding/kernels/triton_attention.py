@@ -1,0 +1,277 @@
+"""Causal attention over paged FP16 keys and values, in Triton.
+
+Rows are the queries that share a kv head: token after token, within a token head after head. An
+item of work is a run of one segment's rows over a run of its slots; all kv heads do the same items.
+
+    fine     few rows (a decoded token): queries and weights as two FP16 numbers each, which is
+             nearly float32; slots in runs of `SPLIT` that are merged in order afterwards, so that
+             a long context fills the GPU. A run begins at a multiple of SPLIT of the request:
+             what else is in the batch does not show
+    chunks   many rows: queries and weights rounded to FP16, every item over all its slots
+
+The softmax is online (Milakov and Gimelshein 2018; Dao et al. 2022). Bounds: docs/numerics.md.
+
+    T tokens, H query heads, G kv heads, D head dim, N slots
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sharding.batch import PAGE_SLOTS
+from sharding.model.attention import BatchIndex, Rows
+from sharding.model.kv_cache import LayerPages
+
+SPLIT = 512
+"""Slots that one program of a decoded token's attention reads."""
+
+FINE_ROWS = 64
+"""Up to so many rows of a segment are computed finely."""
+
+MOST_DIMS = 256
+"""The largest head."""
+
+_PAGE = tl.constexpr(PAGE_SLOTS)
+_LOG2_E = 1.4426950408889634
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Rows and slots of one step, powers of two; threads in 32s. Heads above 128 have half the
+    rows: registers hold no more."""
+
+    fine_slots: int = 64
+    fine_warps: int = 4
+    rows: int = 128
+    slots: int = 64
+    warps: int = 8
+
+    def rows_of(self, dim: int) -> int:
+        """Rows of a chunk's step."""
+        return self.rows if dim <= 128 else self.rows // 2
+
+
+INTERPRETED = Tiles(fine_slots=256, rows=64, slots=256)
+"""An interpreted step costs a millisecond, however large it is."""
+
+
+@triton.jit
+def _attend(
+    q, keys, values, y, partials, items, tables, heads, kv_heads, window, scale,
+    DIM: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
+    FINE: tl.constexpr,
+):  # fmt: skip
+    """One item and kv head. Chunks go to `y`; fine parts to `partials`, as
+    `[part, G, ROWS, DIM + 2]`: the mix of values, the largest score and the sum of weights."""
+    item = items + tl.program_id(0) * 8
+    first, position, table = tl.load(item), tl.load(item + 1), tl.load(item + 2)
+    row_start, row_stop = tl.load(item + 3), tl.load(item + 4)
+    start, stop = tl.multiple_of(tl.load(item + 5), _PAGE), tl.load(item + 6)
+    kv_head = tl.program_id(1)
+    shared = heads // kv_heads
+    row_R = row_start + tl.arange(0, ROWS)
+    d = tl.arange(0, DIMS)
+    last_R = position + row_R // shared
+    inside = (row_R < row_stop)[:, None] & (d < DIM)[None, :]
+    head_R = kv_head * shared + row_R % shared
+    at = ((first + row_R // shared).to(tl.int64) * heads + head_R) * DIM
+    q_RD = tl.load(q + at[:, None] + d[None, :], mask=inside, other=0.0) * scale
+    upper_RD = q_RD.to(tl.float16)
+    lower_RD = (q_RD - upper_RD.to(tl.float32)).to(tl.float16)
+    most_R = tl.full([ROWS], float("-inf"), tl.float32)
+    total_R = tl.zeros([ROWS], tl.float32)
+    mixed_RD = tl.zeros([ROWS, DIMS], tl.float32)
+    for begin in range(start, stop, SLOTS):
+        slot_N = begin + tl.arange(0, SLOTS)
+        # Keys by whole pages: a mask by slots would make loads of two bytes.
+        there_N = slot_N // _PAGE * _PAGE < stop
+        page_N = tl.load(tables + table + slot_N // _PAGE, mask=there_N, other=0)
+        page_N = (page_N * kv_heads + kv_head) * (DIM * _PAGE)
+        within_N = slot_N % _PAGE
+        k_DN = tl.load(
+            keys + page_N[None, :] + d[:, None] * _PAGE + within_N[None, :],
+            mask=(d < DIM)[:, None] & there_N[None, :],
+            other=0.0,
+        )
+        score_RN = tl.dot(upper_RD, k_DN)
+        if FINE:
+            score_RN = tl.dot(lower_RD, k_DN, score_RN)
+        seen = (slot_N[None, :] <= last_R[:, None]) & (slot_N < stop)[None, :]
+        if window > 0:
+            seen = seen & (slot_N[None, :] > last_R[:, None] - window)
+        score_RN = tl.where(seen, score_RN, float("-inf"))
+        higher_R = tl.maximum(most_R, tl.max(score_RN, axis=1))
+        # A row that has seen nothing yet has no largest score to subtract.
+        shift_R = tl.where(higher_R == float("-inf"), 0.0, higher_R)
+        weight_RN = tl.exp2(score_RN - shift_R[:, None])
+        shrink_R = tl.exp2(most_R - shift_R)
+        total_R = total_R * shrink_R + tl.sum(weight_RN, axis=1)
+        mixed_RD *= shrink_R[:, None]
+        # What a former request left beyond the item's slots may be infinite: 0 times that is NaN.
+        v_ND = tl.load(
+            values + page_N[:, None] + within_N[:, None] * DIM + d[None, :],
+            mask=(slot_N < stop)[:, None] & (d < DIM)[None, :],
+            other=0.0,
+        )
+        upper_RN = weight_RN.to(tl.float16)
+        mixed_RD = tl.dot(upper_RN, v_ND, mixed_RD)
+        if FINE:
+            lower_RN = (weight_RN - upper_RN.to(tl.float32)).to(tl.float16)
+            mixed_RD = tl.dot(lower_RN, v_ND, mixed_RD)
+        most_R = higher_R
+    if FINE:
+        part = (tl.load(item + 7) * kv_heads + kv_head) * ROWS + tl.arange(0, ROWS)
+        to = partials + part.to(tl.int64) * (DIM + 2)
+        tl.store(to[:, None] + d[None, :], mixed_RD, mask=inside)
+        tl.store(to + DIM, most_R, mask=row_R < row_stop)
+        tl.store(to + DIM + 1, total_R, mask=row_R < row_stop)
+    else:
+        total_R = tl.where(row_R < row_stop, total_R, 1.0)
+        tl.store(y + at[:, None] + d[None, :], mixed_RD / total_R[:, None], mask=inside)
+
+
+@triton.jit
+def _merge(
+    partials, y, rows, heads, kv_heads, DIM: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+):  # fmt: skip
+    """A row's parts, in order. `rows`: where it goes as (token, row of its segment, first part,
+    parts)."""
+    row = rows + tl.program_id(0) * 4
+    token, own, first, parts = (
+        tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3),
+    )  # fmt: skip
+    kv_head = tl.program_id(1)
+    d = tl.arange(0, DIMS)
+    most = tl.full([PARTS], float("-inf"), tl.float32)
+    for begin in range(0, parts, PARTS):
+        part_P = begin + tl.arange(0, PARTS)
+        at = (((first + part_P) * kv_heads + kv_head) * ROWS + own).to(tl.int64) * (DIM + 2)
+        part_most = tl.load(partials + at + DIM, mask=part_P < parts, other=float("-inf"))
+        most = tl.maximum(most, part_most)
+    highest = tl.max(most, axis=0)
+    mixed_D = tl.zeros([DIMS], tl.float32)
+    total = tl.zeros([PARTS], tl.float32)
+    for begin in range(0, parts, PARTS):
+        part_P = begin + tl.arange(0, PARTS)
+        at = (((first + part_P) * kv_heads + kv_head) * ROWS + own).to(tl.int64) * (DIM + 2)
+        there = part_P < parts
+        part_most = tl.load(partials + at + DIM, mask=there, other=float("-inf"))
+        share_P = tl.where(there, tl.exp2(part_most - highest), 0.0)
+        total += share_P * tl.load(partials + at + DIM + 1, mask=there, other=0.0)
+        mix_PD = tl.load(
+            partials + at[:, None] + d[None, :],
+            mask=there[:, None] & (d < DIM)[None, :],
+            other=0.0,
+        )
+        mixed_D += tl.sum(mix_PD * share_P[:, None], axis=0)
+    shared = heads // kv_heads
+    to = (token.to(tl.int64) * heads + kv_head * shared + own % shared) * DIM
+    tl.store(y + to + d, mixed_D / tl.sum(total, axis=0), mask=d < DIM)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the kernels do of a batch, on the device: the same in every layer of one window.
+
+    `rows`: of the largest fine segment, as the kernel counts them.
+    """
+
+    chunks: Tensor | None
+    fine: Tensor | None
+    merged: Tensor | None
+    parts: int
+    rows: int
+
+
+def plan_work(index: BatchIndex, shared: int, window: int, row_tile: int) -> Work:
+    """Cuts a batch into items; `shared` query heads have a kv head together."""
+    chunks: list[tuple[int, ...]] = []
+    fine: list[tuple[int, ...]] = []
+    merged: list[tuple[int, ...]] = []
+    table = most = 0
+    for rows in index.rows:
+        count = (rows.stop - rows.first) * shared
+        if count > FINE_ROWS:
+            chunks += _chunk_items(rows, table, shared, window, row_tile)
+        else:
+            most = max(most, count)
+            parts = list(_fine_items(rows, table, count, window, first_part=len(fine)))
+            merged += [
+                (rows.first + row // shared, row, len(fine), len(parts)) for row in range(count)
+            ]
+            fine += parts
+        table += len(rows.pages)
+    # The longest first, so that the last to begin is not the last to end.
+    chunks.sort(key=lambda item: item[6] - item[5], reverse=True)
+    device = index.tables.device
+    return Work(
+        chunks=_on(device, chunks),
+        fine=_on(device, fine),
+        merged=_on(device, merged),
+        parts=len(fine),
+        rows=16 if most <= 16 else FINE_ROWS,
+    )
+
+
+def _on(device: torch.device, items: Sequence[tuple[int, ...]]) -> Tensor | None:
+    return torch.tensor(items, dtype=torch.int32).to(device) if items else None
+
+
+def _first_seen(position: int, window: int, grain: int) -> int:
+    """The first slot that a token sees, down to a multiple of `grain`."""
+    return max(0, position - window + 1) // grain * grain if window else 0
+
+
+def _chunk_items(
+    rows: Rows, table: int, shared: int, window: int, row_tile: int
+) -> Iterator[tuple[int, ...]]:
+    count = (rows.stop - rows.first) * shared
+    for row in range(0, count, row_tile):
+        stop = min(count, row + row_tile)
+        start_slot = _first_seen(rows.position + row // shared, window, PAGE_SLOTS)
+        stop_slot = rows.position + (stop - 1) // shared + 1
+        yield rows.first, rows.position, table, row, stop, start_slot, stop_slot, 0
+
+
+def _fine_items(
+    rows: Rows, table: int, count: int, window: int, first_part: int
+) -> Iterator[tuple[int, ...]]:
+    length = rows.position + rows.stop - rows.first
+    starts = range(_first_seen(rows.position, window, SPLIT), length, SPLIT)
+    for part, start in enumerate(starts, first_part):
+        stop = min(length, start + SPLIT)
+        yield rows.first, rows.position, table, 0, count, start, stop, part
+
+
+def attend(
+    q_TX: Tensor, index: BatchIndex, pages: LayerPages, window: int, work: Work, tiles: Tiles
+) -> Tensor:
+    """Attention of every token over its slots, `[T, H * D]`."""
+    dim, kv_heads = pages.head_dim, pages.kv_heads
+    heads, dims = q_TX.shape[1] // dim, max(16, triton.next_power_of_2(dim))
+    y_TX = torch.empty_like(q_TX)
+    scale = _LOG2_E * dim**-0.5
+    if work.chunks is not None:
+        _attend[(len(work.chunks), kv_heads)](
+            q_TX, pages.k_PGDS, pages.v_PGSD, y_TX, y_TX, work.chunks, index.tables, heads,
+            kv_heads, window, scale, dim, dims, tiles.rows_of(dim), tiles.slots, False,
+            num_warps=tiles.warps,
+        )  # fmt: skip
+    if work.fine is not None and work.merged is not None:
+        partials = q_TX.new_empty(work.parts, kv_heads, work.rows, dim + 2)
+        _attend[(work.parts, kv_heads)](
+            q_TX, pages.k_PGDS, pages.v_PGSD, y_TX, partials, work.fine, index.tables, heads,
+            kv_heads, window, scale, dim, dims, work.rows, tiles.fine_slots, True,
+            num_warps=tiles.fine_warps,
+        )  # fmt: skip
+        _merge[(len(work.merged), kv_heads)](
+            partials, y_TX, work.merged, heads, kv_heads, dim, dims, work.rows, 32
+        )
+    return y_TX
