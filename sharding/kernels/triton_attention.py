@@ -40,6 +40,9 @@ MOST_DIMS = 256
 _PAGE = tl.constexpr(PAGE_SLOTS)
 _LOG2_E = 1.4426950408889634
 
+# Weights are 2^14 at most, not 1: small ones would be lost in FP16. Their sum is raised as well.
+_RAISED = tl.constexpr(14.0)
+
 
 @dataclass(frozen=True)
 class Tiles:
@@ -108,9 +111,9 @@ def _attend(
         score_RN = tl.where(seen, score_RN, float("-inf"))
         higher_R = tl.maximum(most_R, tl.max(score_RN, axis=1))
         # A row that has seen nothing yet has no largest score to subtract.
-        shift_R = tl.where(higher_R == float("-inf"), 0.0, higher_R)
+        shift_R = tl.where(higher_R == float("-inf"), 0.0, higher_R) - _RAISED
         weight_RN = tl.exp2(score_RN - shift_R[:, None])
-        shrink_R = tl.exp2(most_R - shift_R)
+        shrink_R = tl.exp2(most_R - _RAISED - shift_R)
         total_R = total_R * shrink_R + tl.sum(weight_RN, axis=1)
         mixed_RD *= shrink_R[:, None]
         # What a former request left beyond the item's slots may be infinite: 0 times that is NaN.
@@ -133,7 +136,7 @@ def _attend(
         tl.store(to + DIM + 1, total_R, mask=row_R < row_stop)
     else:
         total_R = tl.where(row_R < row_stop, total_R, 1.0)
-        tl.store(y + at[:, None] + d[None, :], mixed_RD / total_R[:, None], mask=inside)
+        tl.store(y + at[:, None] + d[None, :], tl.div_rn(mixed_RD, total_R[:, None]), mask=inside)
 
 
 @triton.jit
@@ -173,7 +176,7 @@ def _merge(
         mixed_D += tl.sum(mix_PD * share_P[:, None], axis=0)
     shared = heads // kv_heads
     to = (token.to(tl.int64) * heads + kv_head * shared + own % shared) * DIM
-    tl.store(y + to + d, mixed_D / tl.sum(total, axis=0), mask=d < DIM)
+    tl.store(y + to + d, tl.div_rn(mixed_D, tl.sum(total, axis=0)), mask=d < DIM)
 
 
 @dataclass(frozen=True)

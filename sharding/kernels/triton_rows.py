@@ -26,7 +26,8 @@ def _rms_norm(x, scale, y, width, eps, WIDTH: tl.constexpr):
     column = tl.arange(0, WIDTH)
     inside = column < width
     x_I = tl.load(x + row + column, mask=inside, other=0.0)
-    inverse = 1.0 / tl.sqrt_rn(tl.sum(x_I * x_I, axis=0) / width + eps)
+    mean = tl.div_rn(tl.sum(x_I * x_I, axis=0), width.to(tl.float32))
+    inverse = tl.div_rn(1.0, tl.sqrt_rn(mean + eps))
     y_I = x_I * inverse * tl.load(scale + column, mask=inside, other=0.0)
     tl.store(y + row + column, y_I, mask=inside)
 
@@ -48,7 +49,7 @@ def _gated_silu(gate_up, y, width, WIDTH: tl.constexpr):
     inside = column < width
     gate = tl.load(gate_up + row * 2 * width + column, mask=inside, other=0.0)
     up = tl.load(gate_up + row * 2 * width + width + column, mask=inside, other=0.0)
-    tl.store(y + row * width + column, gate / (1.0 + tl.exp(-gate)) * up, mask=inside)
+    tl.store(y + row * width + column, tl.div_rn(gate, 1.0 + tl.exp(-gate)) * up, mask=inside)
 
 
 def gated_silu(gate_up_T2F: Tensor) -> Tensor:

@@ -1,0 +1,345 @@
+"""The Triton kernels against float64, within the bounds of docs/numerics.md, and against the slow
+twin: on a GPU where there is one, else in Triton's interpreter (`conftest.py` decides)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("triton", reason="Triton is for Linux on x86-64")
+
+from sharding.errors import UnsupportedModelError
+from sharding.kernels.planes import planes_resident
+from sharding.kernels.reference import ReferenceKernels
+from sharding.kernels.triton import TritonKernels
+from sharding.kernels.triton_attention import FINE_ROWS, SPLIT
+from sharding.kernels.triton_weights import PlanesWeight
+from sharding.model.attention import BatchIndex
+from sharding.model.kv_cache import LayerPages
+from sharding.model.sampling import gumbel_argmax
+from tests.sharding.kernels import bounds, triton_bounds
+from tests.sharding.kernels.world import (
+    FLOATS,
+    FORMAT_NAMES,
+    Heads,
+    file_of,
+    index_of,
+    normal,
+    random_pages,
+    random_raw,
+)
+
+KERNELS = TritonKernels()
+DEVICE = KERNELS.device
+REFERENCE = ReferenceKernels()
+in_every_format = pytest.mark.parametrize("name", FORMAT_NAMES)
+not_finite = pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+WAYS = (1, 2, 3, 4, 5, 16, 17, 70)
+"""Tokens for every way that a product takes."""
+
+
+def within(found: torch.Tensor, truth_and_bound: tuple[torch.Tensor, torch.Tensor]) -> bool:
+    """Whether all numbers are within their bounds, none of them NaN."""
+    truth, bound = truth_and_bound
+    assert found.shape == truth.shape == bound.shape
+    return bool(((found.cpu().double() - truth).abs() <= bound).all())
+
+
+def packed(
+    name: str, rows: int, cols: int, seed: int = 0
+) -> tuple[PlanesWeight, bounds.ExactWeight]:
+    """A random matrix, in planes and exactly."""
+    raw = random_raw(name, rows, cols, seed)
+    weight = KERNELS.pack(file_of(w=(name, raw)), ["w"])
+    assert isinstance(weight, PlanesWeight)
+    return weight, bounds.exact_weight(name, raw)
+
+
+def matmul(
+    x_TI: torch.Tensor, weight: PlanesWeight, residual_TO: torch.Tensor | None = None
+) -> torch.Tensor:
+    """On the kernels' device, from and to the host."""
+    residual = None if residual_TO is None else residual_TO.to(DEVICE)
+    return KERNELS.matmul(x_TI.to(DEVICE), weight, residual).cpu()
+
+
+def on_device(pages: LayerPages) -> LayerPages:
+    """The same pages where the kernels read them."""
+    return LayerPages(pages.k_PGDS.to(DEVICE), pages.v_PGSD.to(DEVICE))
+
+
+def attend(q_TX: torch.Tensor, index: BatchIndex, pages: LayerPages, window: int) -> torch.Tensor:
+    """Attention on the kernels' device, from and to the host."""
+    return KERNELS.attention(q_TX.to(DEVICE), index.to(DEVICE), on_device(pages), window).cpu()
+
+
+@in_every_format
+def test_matmul(name: str) -> None:
+    weight, exact = packed(name, 70, 768)
+    for tokens in WAYS:
+        x_TI, residual_TO = normal(tokens, 768), normal(tokens, 70, seed=3)
+        expected = triton_bounds.matmul(x_TI, exact, weight.parts[0])
+        assert within(matmul(x_TI, weight), expected), tokens
+        expected = triton_bounds.matmul(x_TI, exact, weight.parts[0], residual_TO)
+        assert within(matmul(x_TI, weight, residual_TO), expected), tokens
+
+
+@in_every_format
+@pytest.mark.parametrize("exponent", [-110, 40])
+def test_matmul_of_tiny_and_huge_activations(name: str, exponent: int) -> None:
+    """Far beyond what FP16 holds: rows are scaled."""
+    weight, exact = packed(name, 17, 256)
+    for tokens in (1, 5, 17):
+        x_TI = normal(tokens, 256) * 2.0**exponent
+        expected = triton_bounds.matmul(x_TI, exact, weight.parts[0])
+        assert within(matmul(x_TI, weight), expected), tokens
+
+
+def cut(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Without the bits after the first so many."""
+    mantissa, exponent = torch.frexp(x)
+    return torch.ldexp((mantissa * 2**bits).trunc() / 2**bits, exponent)
+
+
+@pytest.mark.parametrize(("tokens", "bits"), [(2, 14), (16, 9), (17, 7)])
+@in_every_format
+def test_the_bound_of_matmul_is_not_a_formality(name: str, tokens: int, bits: int) -> None:
+    """Activations with fewer bits than a way keeps would be found out, where none cancels."""
+    weight, exact = packed(name, 70, 768)
+    x_TI = normal(tokens, 768).abs() * exact.values_OI[0].sign().float()
+    expected = triton_bounds.matmul(x_TI, exact, weight.parts[0])
+    assert within(matmul(x_TI, weight), expected)
+    assert not within(matmul(cut(x_TI, bits), weight), expected)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 17])
+def test_a_stack_of_formats_is_one_weight(tokens: int) -> None:
+    """Query, key and value as a Q4_K_M file has them: two of one format, one of another."""
+    raws = {key: random_raw(name, rows, 512, seed) for seed, (key, name, rows) in enumerate(_STACK)}
+    tensors = {key: (name, raws[key]) for key, name, _ in _STACK}
+    weight = KERNELS.pack(file_of(**tensors), [key for key, *_ in _STACK])
+    assert isinstance(weight, PlanesWeight) and len(weight.parts) == 2
+    x_TI = normal(tokens, 512)
+    found, first = matmul(x_TI, weight), 0
+    for part in weight.parts:
+        for key, name, rows in _STACK[:2] if part.first == 0 else _STACK[2:]:
+            exact = bounds.exact_weight(name, raws[key])
+            expected = triton_bounds.matmul(x_TI, exact, part)
+            assert within(found[:, first : first + rows], expected)
+            first += rows
+    ids = torch.tensor([0, 43, 44, 60, 61, 77])
+    assert torch.equal(
+        KERNELS.embed(weight, ids).cpu(),
+        torch.cat([bounds.exact_weight(n, raws[k]).values_OI for k, n, _ in _STACK]).float()[ids],
+    )
+
+
+_STACK = (("q", "Q5_0", 44), ("k", "Q5_0", 17), ("v", "Q8_0", 17))
+
+
+@in_every_format
+@pytest.mark.parametrize("rows", [1, 7, 65])
+def test_planes_are_what_the_planner_counts(name: str, rows: int) -> None:
+    cols = 33 if name in FLOATS else 512
+    file = file_of(w=(name, random_raw(name, rows, cols)))
+    weight = KERNELS.pack(file, ["w"])
+    assert (weight.rows, weight.cols) == (rows, cols)
+    assert weight.n_bytes == planes_resident(file.tensors["w"])
+
+
+@in_every_format
+def test_embedding(name: str) -> None:
+    """All that a unit's bytes may spell: the planes lose nothing."""
+    weight, exact = packed(name, 40, 512, seed=7)
+    everything = KERNELS.embed(weight, torch.arange(40)).cpu()
+    assert within(everything, triton_bounds.embedding(exact))
+    some = torch.tensor([39, 0, 0, 17])
+    assert torch.equal(KERNELS.embed(weight, some).cpu(), everything[some])
+    with pytest.raises(IndexError):
+        KERNELS.embed(weight, torch.tensor([40]))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_products_of_any_shape(data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(FORMAT_NAMES), "format")
+    block = bounds.BY_NAME[name].block_elements
+    cols = block * data.draw(st.integers(1, 600 // block), "blocks")
+    rows, tokens = data.draw(st.integers(1, 150), "rows"), data.draw(st.integers(0, 40), "tokens")
+    size = 2.0 ** data.draw(st.integers(-100, 40), "exponent")
+    weight, exact = packed(name, rows, cols)
+    x_TI = normal(tokens, cols) * size
+    residual_TO = normal(tokens, rows) * size if data.draw(st.booleans(), "residual") else None
+    found = matmul(x_TI, weight, residual_TO)
+    assert found.shape == (tokens, rows)
+    if tokens:
+        expected = triton_bounds.matmul(x_TI, exact, weight.parts[0], residual_TO)
+        assert within(found, expected)
+
+
+@not_finite
+@pytest.mark.parametrize("tokens", [1, 4, 16, 20])
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_what_is_not_finite_stays_in_its_row(bad: float, tokens: int) -> None:
+    weight, _ = packed("Q4_K", 20, 512)
+    clean_TI = normal(tokens, 512)
+    dirty_TI = clean_TI.clone()
+    dirty_TI[tokens - 1, 300] = bad
+    found, expected = matmul(dirty_TI, weight), matmul(clean_TI, weight)
+    assert torch.equal(found[: tokens - 1], expected[: tokens - 1])
+    assert not found[tokens - 1].isfinite().any()
+
+
+def test_a_token_beside_others_is_the_token_alone() -> None:
+    """Of up to four tokens each is computed as it would be alone, bit for bit."""
+    weight, _ = packed("Q6_K", 50, 768)
+    x_TI = normal(4, 768)
+    alone = torch.cat([matmul(x_TI[t : t + 1], weight) for t in range(4)])
+    for tokens in (2, 3, 4):
+        assert torch.equal(matmul(x_TI[:tokens], weight), alone[:tokens])
+
+
+@pytest.mark.parametrize("width", [1, 15, 100, 2048])
+@pytest.mark.parametrize("size", [1e-18, 1.0, 1e15])
+def test_rms_norm(width: int, size: float) -> None:
+    x_TI, scale_I = normal(3, width) * size, normal(width, seed=4)
+    found = KERNELS.rms_norm(x_TI.to(DEVICE), scale_I.to(DEVICE), 1e-5)
+    assert within(found, bounds.rms_norm(x_TI, scale_I, 1e-5, lanes=1))
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+def test_gated_silu() -> None:
+    gate = torch.cat((torch.linspace(-3, 3, 3001), torch.linspace(-400, 400, 6001)))
+    gate_up = torch.cat((gate, normal(len(gate), seed=5)))[None]
+    assert within(KERNELS.gated_silu(gate_up.to(DEVICE)), triton_bounds.gated_silu(gate_up))
+
+
+@pytest.mark.parametrize(
+    "heads",
+    [
+        Heads(3, 1, 64, 64, "halves"),
+        Heads(4, 2, 100, 80, "halves"),
+        Heads(2, 2, 10, 4),
+        Heads(4, 2, 128, 128),
+    ],
+    ids=lambda heads: f"{heads.dim}-{heads.rope_dims}-{heads.pairs}",
+)
+def test_rotation_and_the_rounding_of_keys_and_values(heads: Heads) -> None:
+    index = index_of(heads, [(0, 5, 20), (1, 0, 1)], 32)
+    pages = on_device(random_pages(heads, 32, requests=2))
+    qkv_TX = normal(21, (heads.heads + 2 * heads.kv_heads) * heads.dim)
+    found = KERNELS.rotate_and_store(qkv_TX.to(DEVICE), index.to(DEVICE), pages)
+    q_THD, k_TGD, v_TGD = qkv_TX.unflatten(1, (-1, heads.dim)).split(
+        [heads.heads, heads.kv_heads, heads.kv_heads], dim=1
+    )
+    assert within(found.unflatten(1, (-1, heads.dim)), bounds.rotated(q_THD, index))
+    truth, bound = bounds.rotated(k_TGD, index)
+    stored = pages.k_PGDS.cpu()[index.page_T, :, :, index.slot_T]
+    assert within(stored, (truth, bounds.stored_half(truth, bound)))
+    assert torch.equal(pages.v_PGSD.cpu()[index.page_T, :, index.slot_T], v_TGD.half())
+
+
+def steps_of(rows: int, length: int) -> int:
+    """At most so many steps of 32 slots, and parts."""
+    return length // 32 + 2 + length // SPLIT
+
+
+@pytest.mark.parametrize("window", [0, 40])
+@pytest.mark.parametrize("heads", [Heads(3, 1, 64), Heads(8, 2, 100), Heads(2, 2, 16)])
+@pytest.mark.parametrize("size", [0.3, 3.0])
+def test_attention(window: int, heads: Heads, size: float) -> None:
+    """A few rows, a chunk, and one token whose slots are several parts, in one batch."""
+    length = 2 * SPLIT + 100
+    pages = random_pages(heads, length)
+    index = index_of(heads, [(0, 0, 3), (0, 200, 70), (0, length - 1, 1)], length)
+    q_TX = normal(74, heads.heads * heads.dim) * size
+    found = attend(q_TX, index, pages, window).unflatten(1, (-1, heads.dim))
+    q_THD = q_TX.unflatten(1, (-1, heads.dim))
+    for rows in index.rows:
+        part = slice(rows.first, rows.stop)
+        count = (rows.stop - rows.first) * heads.heads // heads.kv_heads
+        expected = triton_bounds.attention(
+            q_THD[part],
+            rows,
+            pages,
+            window,
+            count <= FINE_ROWS,
+            steps_of(count, rows.stop + length),
+        )
+        assert within(found[part], expected)
+
+
+def test_the_bounds_of_attention_are_not_a_formality() -> None:
+    """Queries of 5 bits would be found out in a chunk, of 12 in a decoded token."""
+    heads, length = Heads(2, 1, 32), 300
+    pages = random_pages(heads, length)
+    for run, fine, bits in (((0, 299, 1), True, 12), ((0, 200, 64), False, 5)):
+        index = index_of(heads, [run], length)
+        q_TX = normal(run[2], 64) * 3
+        found = attend(cut(q_TX, bits), index, pages, 0).unflatten(1, (-1, 32))
+        q_THD = q_TX.unflatten(1, (-1, 32))
+        expected = triton_bounds.attention(q_THD, index.rows[0], pages, 0, fine, 4)
+        assert not within(found, expected)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.data())
+def test_attention_of_any_heads_windows_and_batches(data: st.DataObject) -> None:
+    kv_heads, shared = data.draw(st.integers(1, 2), "kv heads"), data.draw(st.integers(1, 5))
+    heads = Heads(kv_heads * shared, kv_heads, data.draw(st.integers(1, 130), "head dim"))
+    window = data.draw(st.sampled_from([0, 0, 1, 15, 16, 17, 256, 300]), "window")
+    starts = data.draw(st.lists(st.integers(0, 300), min_size=1, max_size=3), "positions")
+    runs = [(r, start, data.draw(st.integers(1, 40))) for r, start in enumerate(starts)]
+    pages = random_pages(heads, 340, requests=len(runs))
+    index = index_of(heads, runs, 340)
+    q_TX = normal(sum(tokens for *_, tokens in runs), heads.heads * heads.dim)
+    found = attend(q_TX, index, pages, window).unflatten(1, (-1, heads.dim))
+    q_THD = q_TX.unflatten(1, (-1, heads.dim))
+    for rows in index.rows:
+        part = slice(rows.first, rows.stop)
+        fine = (rows.stop - rows.first) * shared <= FINE_ROWS
+        expected = triton_bounds.attention(q_THD[part], rows, pages, window, fine, 20)
+        assert within(found[part], expected)
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_stale_slots_do_not_show(tokens: int) -> None:
+    """What a former request left behind the last slot, were it infinite."""
+    heads = Heads(4, 2, 64)
+    pages = random_pages(heads, 64)
+    index = index_of(heads, [(0, 0, tokens)], 64)
+    q_TX = normal(tokens, 256)
+    expected = attend(q_TX, index, pages, 0)
+    for page in range(4):
+        for slot in range(16):
+            if (3 - page) * 16 + slot >= tokens:  # pages lie in reverse
+                pages.k_PGDS[page, :, :, slot] = torch.nan
+                pages.v_PGSD[page, :, slot] = torch.inf
+    assert torch.equal(attend(q_TX, index, pages, 0), expected)
+
+
+def test_a_decoded_token_does_not_see_its_batch() -> None:
+    """Its attention is the same bits alone and beside a chunk and other requests."""
+    heads, length = Heads(4, 2, 64), SPLIT + 50
+    pages = random_pages(heads, length, requests=3)
+    runs = [(0, length - 1, 1), (1, 10, 60), (2, 30, 1)]
+    q_TX = normal(62, 256)
+    together = attend(q_TX, index_of(heads, runs, length), pages, 0)
+    apart = index_of(heads, runs[:1] + [(2, 0, 1)], length)
+    assert torch.equal(attend(q_TX[:2], apart, pages, 0)[0], together[0])
+
+
+@pytest.mark.parametrize("vocab", [1, 100, 5000, 49152])
+def test_the_draw_is_the_definition(vocab: int) -> None:
+    for seed, position in ((0, 0), (7, 12), ((1 << 64) - 1, 130000)):
+        scaled_V = normal(vocab, seed=seed % 1000).double()
+        found = KERNELS.gumbel_argmax(scaled_V.to(DEVICE), seed, position)
+        assert found == gumbel_argmax(scaled_V, seed, position)
+
+
+def test_heads_beyond_the_kernels_are_refused_at_load() -> None:
+    pages = random_pages(Heads(1, 1, 300), 16)
+    with pytest.raises(UnsupportedModelError, match="heads of 300.*up to 256"):
+        KERNELS.layers([], [pages])

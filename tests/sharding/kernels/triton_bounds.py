@@ -1,0 +1,108 @@
+"""How far the Triton kernels may be from float64, as docs/numerics.md derives it ("On GPUs").
+
+As in `bounds.py` nothing is fitted, and every function returns `(truth, bound)`. Sums are bounded
+in any order, each addition by 2u where tensor cores truncate.
+
+    T tokens, I inputs, O outputs, D head dim, N slots
+"""
+
+from __future__ import annotations
+
+import torch
+
+from sharding.kernels.planes import PLANES
+from sharding.kernels.triton_matmul import FINE_TOKENS, MATVEC_TOKENS
+from sharding.kernels.triton_weights import Part
+from sharding.model.attention import Rows
+from sharding.model.kv_cache import LayerPages
+from tests.sharding.kernels import bounds
+from tests.sharding.kernels.bounds import TINY, ExactWeight, U, gamma
+
+U16 = 2.0**-11  # unit roundoff of FP16
+HALF_TINY = 2.0**-25  # what rounding to a subnormal FP16 may lose
+LANES = 128
+
+
+def matmul(
+    x_TI: torch.Tensor,
+    weight: ExactWeight,
+    part: Part,
+    residual_TO: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the way that so many tokens take."""
+    x, cols = x_TI.double(), x_TI.shape[1]
+    residual = torch.zeros(1) if residual_TO is None else residual_TO.double()
+    truth_TO = x @ weight.values_OI.T + residual
+    size_TO = residual.abs() + x.abs() @ weight.size_OI.T
+    if len(x_TI) <= MATVEC_TOKENS:
+        planes = PLANES[weight.name]
+        words = planes.padded(cols) // planes.columns
+        roundings = planes.columns + 5 + -(-words // LANES) + LANES
+        lost = cols * weight.scale_most * 2.0**-120 + (cols + 1) * TINY
+        return truth_TO, gamma(roundings) * size_TO + lost
+    if len(x_TI) <= FINE_TOKENS:
+        # Both factors are two TF32 numbers of 11 bits; the product of the lower two is left out.
+        return truth_TO, (2.0**-19 + gamma(2 * 3 * cols + 4)) * size_TO + cols * 2.0**-120
+    # Halves, scaled by powers of two that bring the largest of a row, of the weight, below 2^14.
+    unit_T1 = x.abs().amax(-1, keepdim=True) * 2.0**-13
+    dx = U16 * x.abs() + HALF_TINY * unit_T1
+    dw = (U16 + 2 * U) * weight.size_OI + HALF_TINY * part.headroom
+    off_TO = x.abs() @ dw.T + dx @ (weight.size_OI + dw).T
+    summed_TO = (x.abs() + dx) @ (weight.size_OI + dw).T + residual.abs()
+    return truth_TO, off_TO + gamma(2 * cols + 4) * summed_TO + cols * TINY
+
+
+def embedding(weight: ExactWeight) -> tuple[torch.Tensor, torch.Tensor]:
+    """A product and a sum, fused or not."""
+    return weight.values_OI, gamma(2) * weight.size_OI + 2 * TINY
+
+
+def exp_error(x: torch.Tensor) -> torch.Tensor:
+    """Relative, of e^x as 2^(x log2 e): the rounded product, and 2 units of the instruction."""
+    return (2 * x.abs() + 4) * U
+
+
+def gated_silu(gate_up_T2F: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """e^-g, an addition, a division, a product; 2^-121 where e^-g is beyond float32."""
+    gate, up = gate_up_T2F.double().chunk(2, dim=-1)
+    truth = gate * torch.sigmoid(gate) * up
+    relative = torch.expm1(exp_error(gate)) + gamma(4)
+    return truth, relative * truth.abs() + 2.0**-121 * up.abs() + TINY * (1 + up.abs())
+
+
+def attention(
+    q_THD: torch.Tensor, rows: Rows, pages: LayerPages, window: int, fine: bool, steps: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One segment's attention `[T, H, D]`, in so many steps of slots (parts count as steps)."""
+    tokens, _, dim = q_THD.shape
+    length = rows.position + tokens
+    k_GDN, v_GND = (
+        part.double() for part in pages.gather(rows.pages, 0, bounds._whole(length), length)
+    )
+    k_GDN, v_GND = k_GDN[..., :length], v_GND[:, :length]
+    q_TGSD = q_THD.double().unflatten(1, (pages.kv_heads, -1)) / dim**0.5
+    scores = torch.einsum("tgsd,gdn->tgsn", q_TGSD, k_GDN)
+    # Queries are halves, or two of them; each adds to a sum of D products.
+    halves, rounding = (2, 2.0**-22) if fine else (1, U16)
+    sizes = torch.einsum("tgsd,gdn->tgsn", q_TGSD.abs(), k_GDN.abs())
+    off = (rounding + gamma(2 * halves * dim + 4)) * sizes
+    off = off + dim * HALF_TINY * float(k_GDN.abs().max())
+    last_T1 = torch.arange(rows.position, length)[:, None]
+    slots = torch.arange(length)
+    hidden_TN = (slots > last_T1) | ((slots <= last_T1 - window) if window else slots < 0)
+    hidden = hidden_TN[:, None, None, :]
+    scores = scores.masked_fill(hidden, -torch.inf)
+    most = scores.amax(-1, keepdim=True)
+    p = torch.exp(scores - most)
+    p = p / p.sum(-1, keepdim=True)
+    # What a weight is off by: its score, the roundings of what 2 is raised to, every 2^x, its half.
+    fall = (most - scores + 2 * off.amax(-1, keepdim=True)).masked_fill(hidden, 0.0) + 14
+    weight_error = torch.expm1(off + 4 * U * fall + (steps + 2) * 4 * U + rounding)
+    adding = gamma(2 * halves * min(length, window or length) + 4 * steps + 8)
+    pa = p * ((1 + weight_error) * (1 + adding) - 1)
+    mixed = torch.einsum("tgsn,gnd->tgsd", p, v_GND)
+    total_error = pa.sum(-1, keepdim=True)
+    spread = torch.einsum("tgsn,gnd->tgsd", pa, v_GND.abs()) + mixed.abs() * total_error
+    lost = length * 2.0**-38 * (v_GND.abs().max() + 1)
+    bound = spread / (1 - total_error) * (1 + U) + U * mixed.abs() + lost
+    return mixed.flatten(1, 2), bound.flatten(1, 2)
