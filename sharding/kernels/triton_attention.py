@@ -31,7 +31,7 @@ from sharding.model.kv_cache import LayerPages
 SPLIT = 512
 """Slots that one program of a decoded token's attention reads."""
 
-FINE_ROWS = 64
+FINE_ROWS = 32
 """Up to so many rows of a segment are computed finely."""
 
 MOST_DIMS = 256
@@ -46,8 +46,8 @@ _RAISED = tl.constexpr(14.0)
 
 @dataclass(frozen=True)
 class Tiles:
-    """Rows and slots of one step, powers of two; threads in 32s. Heads above 128 have half the
-    rows: registers hold no more."""
+    """Rows and slots of one step, powers of two; threads in 32s. Heads above 128 have half as many:
+    registers and shared memory hold no more."""
 
     fine_slots: int = 64
     fine_warps: int = 4
@@ -58,6 +58,11 @@ class Tiles:
     def rows_of(self, dim: int) -> int:
         """Rows of a chunk's step."""
         return self.rows if dim <= 128 else self.rows // 2
+
+    def slots_of(self, dim: int, fine: bool) -> int:
+        """Slots of a step."""
+        slots = self.fine_slots if fine else self.slots
+        return slots if dim <= 128 else slots // 2
 
 
 INTERPRETED = Tiles(fine_slots=256, rows=64, slots=256)
@@ -260,18 +265,18 @@ def attend(
     dim, kv_heads = pages.head_dim, pages.kv_heads
     heads, dims = q_TX.shape[1] // dim, max(16, triton.next_power_of_2(dim))
     y_TX = torch.empty_like(q_TX)
-    scale = _LOG2_E * dim**-0.5
+    keys, values, scale = pages.k_PGDS, pages.v_PGSD, _LOG2_E * dim**-0.5
     if work.chunks is not None:
         _attend[(len(work.chunks), kv_heads)](
-            q_TX, pages.k_PGDS, pages.v_PGSD, y_TX, y_TX, work.chunks, index.tables, heads,
-            kv_heads, window, scale, dim, dims, tiles.rows_of(dim), tiles.slots, False,
+            q_TX, keys, values, y_TX, y_TX, work.chunks, index.tables, heads, kv_heads, window,
+            scale, dim, dims, tiles.rows_of(dim), tiles.slots_of(dim, fine=False), False,
             num_warps=tiles.warps,
         )  # fmt: skip
     if work.fine is not None and work.merged is not None:
         partials = q_TX.new_empty(work.parts, kv_heads, work.rows, dim + 2)
         _attend[(work.parts, kv_heads)](
-            q_TX, pages.k_PGDS, pages.v_PGSD, y_TX, partials, work.fine, index.tables, heads,
-            kv_heads, window, scale, dim, dims, work.rows, tiles.fine_slots, True,
+            q_TX, keys, values, y_TX, partials, work.fine, index.tables, heads, kv_heads, window,
+            scale, dim, dims, work.rows, tiles.slots_of(dim, fine=True), True,
             num_warps=tiles.fine_warps,
         )  # fmt: skip
         _merge[(len(work.merged), kv_heads)](

@@ -45,7 +45,7 @@ class Tiles:
     rows: int = 2
     words: int = 128
     fine_rows: int = 32
-    fine_columns: int = 128
+    fine_columns: int = 64
     spread_rows: int = 4
     spread_columns: int = 1024
 
@@ -55,32 +55,40 @@ INTERPRETED = Tiles(128, 64, 128, 256, 64, 512)
 
 
 @triton.jit
+def _fp16(bits):
+    """The number whose bits are the lowest 16."""
+    return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
 def _numbers(
     word, upper, codes, j, LOW: tl.constexpr, HIGH: tl.constexpr, OFFSET: tl.constexpr,
     CODED: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """Column j of each word, float32: a stored integer less the offset, a code, or a float."""
+    # One branch is compiled; a `return` in it would leave what follows to be compiled as well.
     if KIND == "f32":
-        return word.to(tl.float32, bitcast=True)
-    if KIND == "bf16":
-        return ((word >> (j * 16)) << 16).to(tl.float32, bitcast=True)
-    if KIND == "f16":
-        return (word >> (j * 16)).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    q = (word >> (j * LOW)) & ((1 << LOW) - 1)
-    if HIGH > 0:
-        q |= ((upper >> (j * HIGH)) & ((1 << HIGH) - 1)) << LOW
-    if CODED:
-        return tl.load(codes + q).to(tl.float32)
-    # The integer as the last bits of a float of 2^23: one operation instead of a conversion.
-    return (q | _MAGIC).to(tl.float32, bitcast=True) - (_MAGIC_VALUE + OFFSET)
+        values = word.to(tl.float32, bitcast=True)
+    elif KIND == "bf16":
+        values = ((word >> (j * 16)) << 16).to(tl.float32, bitcast=True)
+    elif KIND == "f16":
+        values = _fp16(word >> (j * 16))
+    else:
+        q = (word >> (j * LOW)) & ((1 << LOW) - 1)
+        if HIGH > 0:
+            q |= ((upper >> (j * HIGH)) & ((1 << HIGH) - 1)) << LOW
+        if CODED:
+            values = tl.load(codes + q).to(tl.float32)
+        else:
+            # The integer as the last bits of a float of 2^23: one operation, no conversion.
+            values = (q | _MAGIC).to(tl.float32, bitcast=True) - (_MAGIC_VALUE + OFFSET)
+    return values
 
 
 @triton.jit
 def _shifted(bits, left: tl.constexpr):
     """Shifted left, or right where `left` is negative."""
-    if left >= 0:
-        return bits << left
-    return bits >> -left
+    return bits << left if left >= 0 else bits >> -left
 
 
 @triton.jit
@@ -91,14 +99,16 @@ def _placed(
     """The same times 2^place, the integer's place in its half of a word: there it need not be
     shifted. `_turn` divides what it meets by as much."""
     if CODED or KIND != "int":
-        return _numbers(word, upper, codes, j, LOW, HIGH, OFFSET, CODED, KIND)
-    place: tl.constexpr = j * LOW % 16
-    half = word if j * LOW < 16 else word >> 16
-    q = half & (((1 << LOW) - 1) << place)
-    if HIGH > 0:
-        high = _shifted(upper, place + LOW - j * HIGH)
-        q |= high & (((1 << HIGH) - 1) << (place + LOW))
-    return (q | _MAGIC).to(tl.float32, bitcast=True) - (_MAGIC_VALUE + (OFFSET << place))
+        values = _numbers(word, upper, codes, j, LOW, HIGH, OFFSET, CODED, KIND)
+    else:
+        place: tl.constexpr = j * LOW % 16
+        half = word if j * LOW < 16 else word >> 16
+        q = half & (((1 << LOW) - 1) << place)
+        if HIGH > 0:
+            high = _shifted(upper, place + LOW - j * HIGH)
+            q |= high & (((1 << HIGH) - 1) << (place + LOW))
+        values = (q | _MAGIC).to(tl.float32, bitcast=True) - (_MAGIC_VALUE + (OFFSET << place))
+    return values
 
 
 @triton.jit
@@ -106,15 +116,10 @@ def _words(low, high, row_O, word_W, words, mask, HIGH: tl.constexpr):
     """Words of the low plane and of the high one (or the same once more), int32 `[O, W]`."""
     at = (row_O * words)[:, None] + word_W[None, :]
     word = tl.load(low + at, mask=mask, other=0).to(tl.int32)
+    upper = word
     if HIGH > 0:
-        return word, tl.load(high + at, mask=mask, other=0).to(tl.int32)
-    return word, word
-
-
-@triton.jit
-def _fp16(bits):
-    """The number whose bits are the lowest 16."""
-    return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        upper = tl.load(high + at, mask=mask, other=0).to(tl.int32)
+    return word, upper
 
 
 @triton.jit
@@ -427,7 +432,7 @@ class Products:
                 tiles.rows,
                 size,
                 residual_TO is not None,
-                *_constants(part.planes),
+                *constants(part.planes),
                 num_warps=1,
             )
 
@@ -451,7 +456,7 @@ class Products:
                 tiles.fine_rows,
                 tiles.fine_columns // part.planes.columns,
                 residual_TO is not None,
-                *_constants(part.planes),
+                *constants(part.planes),
             )
 
     def _gemm(
@@ -502,7 +507,7 @@ class Products:
             ids is not None,
             tiles.spread_rows,
             words,
-            *_constants(part.planes),
+            *constants(part.planes),
         )
 
 
@@ -523,7 +528,7 @@ def _columns_at_once(cols: int) -> int:
     return int(min(4096, triton.next_power_of_2(cols)))
 
 
-def _constants(planes: Planes) -> tuple[int | bool | str, ...]:
+def constants(planes: Planes) -> tuple[int | bool | str, ...]:
     """What a kernel is compiled for."""
     return (
         planes.columns,

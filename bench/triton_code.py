@@ -1,0 +1,234 @@
+"""What Triton's compiler makes of the GPU kernels. Needs no GPU: it compiles for one by name.
+
+    python -m bench.triton_code [--capability 90] [--only matvec] [--keep]
+
+Figures of a row:
+
+    registers, shared_bytes   of a thread, of a program; 255 registers are the most there are
+    spilled_bytes             what did not fit into registers, of a thread
+    instructions              in all, of a program's one pass over its code
+    wide_loads                of 16 bytes; narrow_loads, of 4 bytes and less, are slow in a loop
+    products                  matrix instructions
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import triton
+import typer
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+
+from bench.report import Report
+from sharding.kernels import triton_attention, triton_matmul, triton_rows
+from sharding.kernels.planes import PLANES
+
+Constants = dict[str, int | bool | str]
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_FLOATS = {"eps", "scale", "factor"}
+# Integers that are multiples of 16 in every model of any size; Triton compiles for that.
+_EVEN = {"cols", "width", "y_cols", "kv_heads"}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel and what it is compiled for: pointers' types, constants, warps."""
+
+    name: str
+    function: Any
+    pointers: dict[str, str]
+    constants: Constants
+    warps: int = 4
+    floats: frozenset[str] = field(default_factory=lambda: frozenset(_FLOATS))
+
+    def compile(self, capability: int) -> CompiledKernel:
+        """For a GPU of that compute capability, as 90 for 9.0."""
+        signature: dict[str, str] = {}
+        hints: dict[tuple[int, ...], list[list[str | int]]] = {}
+        for number, name in enumerate(self.function.arg_names):
+            if name in self.constants:
+                signature[name] = "constexpr"
+                continue
+            if name in self.pointers:
+                signature[name] = "*" + self.pointers[name]
+            else:
+                signature[name] = "fp32" if name in self.floats else "i32"
+            if name in self.pointers or name in _EVEN:
+                hints[(number,)] = [["tt.divisibility", 16]]
+        source = ASTSource(self.function, signature, self.constants, hints)
+        target = GPUTarget("cuda", capability, 32)
+        return triton.compile(source, target=target, options={"num_warps": self.warps})
+
+
+def products() -> Iterator[Kernel]:
+    """The ways of a product, in every format."""
+    tiles = triton_matmul.Tiles()
+    for name, planes in PLANES.items():
+        pointers = {
+            "x": "fp32",
+            "turned": "fp32",
+            "y": "fp32",
+            "residual": "fp32",
+            "out": "fp16",
+            "ids": "i64",
+            "codes": "i8",
+            "low": "i16" if planes.low_bits == 2 else "i32",
+            "high": "i16" if planes.high_bits == 2 else "u8",
+            "scales": "i16" if planes.minimum else "i8",
+            "units": "i32" if planes.minimum else "fp16",
+        }
+        keys = ("COLUMNS", "LOW", "HIGH", "OFFSET", "GROUP", "UNIT", "SCALED", "MINIMUM", "CODED")
+        format = dict(zip((*keys, "KIND"), triton_matmul.constants(planes), strict=True))
+        for tokens in (1, 4):
+            constants: Constants = {
+                "TOKENS": tokens, "ROWS": tiles.rows, "WORDS": tiles.words, "RESIDUAL": True,
+            }  # fmt: skip
+            yield Kernel(
+                f"matvec {name} T{tokens}",
+                triton_matmul._matvec,
+                pointers,
+                constants | format,
+                warps=1,
+            )
+        words = tiles.fine_columns // planes.columns
+        constants = {
+            "TOKENS": triton_matmul.FINE_TOKENS, "ROWS": tiles.fine_rows, "WORDS": words,
+            "RESIDUAL": True,
+        }  # fmt: skip
+        yield Kernel(f"fine {name}", triton_matmul._fine, pointers, constants | format)
+        words = tiles.spread_columns // planes.columns
+        constants = {"GATHER": False, "ROWS": tiles.spread_rows, "WORDS": words}
+        yield Kernel(f"spread {name}", triton_matmul._spread, pointers, constants | format)
+
+
+def attentions() -> Iterator[Kernel]:
+    """Of heads of 64, 128 and 256, few rows and chunks."""
+    tiles = triton_attention.Tiles()
+    pointers = {
+        "q": "fp32",
+        "keys": "fp16",
+        "values": "fp16",
+        "y": "fp32",
+        "partials": "fp32",
+        "items": "i32",
+        "tables": "i64",
+        "rows": "i32",
+    }
+    for dim in (64, 128, 256):
+        head: Constants = {"DIM": dim, "DIMS": dim}
+        for rows in (16, triton_attention.FINE_ROWS):
+            constants: Constants = {
+                "ROWS": rows,
+                "SLOTS": tiles.slots_of(dim, fine=True),
+                "FINE": True,
+            }
+            yield Kernel(
+                f"attention D{dim}, {rows} rows",
+                triton_attention._attend,
+                pointers,
+                head | constants,
+                tiles.fine_warps,
+            )
+        constants = {
+            "ROWS": tiles.rows_of(dim),
+            "SLOTS": tiles.slots_of(dim, fine=False),
+            "FINE": False,
+        }
+        yield Kernel(
+            f"attention D{dim}, a chunk",
+            triton_attention._attend,
+            pointers,
+            head | constants,
+            tiles.warps,
+        )
+        yield Kernel(
+            f"merge D{dim}", triton_attention._merge, pointers, head | {"ROWS": 16, "PARTS": 32}
+        )
+
+
+def rows() -> Iterator[Kernel]:
+    """The kernels that take a row at a time."""
+    x, y = {"x": "fp32"}, {"y": "fp32"}
+    yield Kernel("rms_norm", triton_rows._rms_norm, x | y | {"scale": "fp32"}, {"WIDTH": 4096})
+    yield Kernel("gated_silu", triton_rows._gated_silu, {"gate_up": "fp32"} | y, {"WIDTH": 2048})
+    for adjacent in (False, True):
+        yield Kernel(
+            f"rotate_and_store {'adjacent' if adjacent else 'halves'}",
+            triton_rows._rotate_and_store,
+            {
+                "qkv": "fp32", "q": "fp32", "keys": "fp16", "values": "fp16", "cos": "fp32",
+                "sin": "fp32", "pages": "i64", "slots": "i64",
+            },
+            {"PAIRS": 64, "DIM": 128, "DIMS": 128, "ADJACENT": adjacent},
+        )  # fmt: skip
+    yield Kernel(
+        "draw",
+        triton_rows._race,
+        {"scaled": "fp64", "best": "fp64", "ids": "i32", "seed": "i64", "position": "i64"},
+        {"SIZE": triton_rows.DRAW_BLOCK},
+    )
+    yield Kernel(
+        "turn",
+        triton_matmul._turn,
+        x | {"out": "fp32"},
+        {"COLUMNS": 8, "LOW": 4, "WORDS": triton_matmul.Tiles().words},
+    )
+    halves = {"out": "fp16", "factors": "fp32"}
+    yield Kernel("halve", triton_matmul._halve, x | halves, {"COLS": 4096})
+    yield Kernel(
+        "finish",
+        triton_matmul._finish,
+        {"product": "fp32", "y": "fp32", "residual": "fp32", "factors": "fp32"},
+        {"COLS": 4096, "RESIDUAL": True},
+    )
+
+
+def figures(compiled: CompiledKernel) -> dict[str, int]:
+    """A row's figures, from the machine code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        code = _tool("nvdisasm", file.name)
+        usage = _tool("cuobjdump", "-res-usage", file.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found is not None, usage
+    names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]+)", code)
+    loads = [name for name in names if name.startswith(("LDG", "LDGSTS"))]
+    return {
+        "registers": int(found[1]),
+        "spilled_bytes": int(found[2]),
+        "shared_bytes": int(compiled.metadata.shared),
+        "instructions": len(names) - names.count("NOP"),
+        "wide_loads": sum(name.endswith(".128") for name in loads),
+        "narrow_loads": sum(not name.endswith((".128", ".64")) for name in loads),
+        "products": sum(name.startswith(("HMMA", "HGMMA")) for name in names),
+    }
+
+
+def _tool(name: str, *arguments: str) -> str:
+    command = [str(_TOOLS / name), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def main(
+    capability: Annotated[int, typer.Option(help="Of the GPU, as 90 for 9.0.")] = 90,
+    only: Annotated[str, typer.Option(help="Rows whose name has this.")] = "",
+    keep: Annotated[bool, typer.Option(help="Write results/triton_code.json.")] = False,
+) -> None:
+    """Compile every kernel and look at the code."""
+    report = Report("triton_code", keep)
+    for kernel in (*products(), *attentions(), *rows()):
+        if only in kernel.name:
+            found = figures(kernel.compile(capability))
+            report.row(test=kernel.name, capability=capability, triton=triton.__version__, **found)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,45 @@
+"""The Triton kernels through the compiler, for GPUs that need not be here: what only an interpreter
+has seen may not compile, or not fit."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is for Linux on x86-64")
+
+
+def compiled(tmp_path: Path, *arguments: str) -> dict[str, dict[str, int]]:
+    """The compiler's rows, by kernel; in a process that does not interpret."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "bench.triton_code", *arguments]
+    done = subprocess.run(
+        command,
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    return {row["test"]: row for row in rows}
+
+
+@pytest.mark.parametrize("capability", ["80", "90"])
+@pytest.mark.parametrize("only", ["Q6_K", "Q4_1", "IQ4_XS", "D64", "D256", "o"])
+def test_kernels_compile_and_fit(capability: str, only: str, tmp_path: Path) -> None:
+    """For Ampere, the oldest served, and for Hopper. Decoding keeps everything in registers and
+    reads weights 16 bytes at a time."""
+    rows = compiled(tmp_path, "--capability", capability, "--only", only)
+    assert rows
+    for name, row in rows.items():
+        assert row["shared_bytes"] <= 99 << 10, row  # of capability 8.6 and 8.9; others have more
+        if name.startswith("matvec") and name.endswith("T1"):
+            assert row["spilled_bytes"] == 0 and row["wide_loads"] > 0, row
+        if name.startswith(("fine", "attention")):
+            assert row["products"] > 0, row
