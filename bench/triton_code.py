@@ -219,13 +219,13 @@ def _tool(name: str, *arguments: str) -> str:
 
 def main(
     capability: Annotated[int, typer.Option(help="Of the GPU, as 90 for 9.0.")] = 90,
-    only: Annotated[str, typer.Option(help="Rows whose name has this.")] = "",
+    only: Annotated[list[str] | None, typer.Option(help="Rows whose name has this.")] = None,
     keep: Annotated[bool, typer.Option(help="Write results/triton_code.json.")] = False,
 ) -> None:
     """Compile every kernel and look at the code."""
     report = Report("triton_code", keep)
     for kernel in (*products(), *attentions(), *rows()):
-        if only in kernel.name:
+        if not only or any(part in kernel.name for part in only):
             found = figures(kernel.compile(capability))
             report.row(test=kernel.name, capability=capability, triton=triton.__version__, **found)
 

@@ -50,7 +50,7 @@ class Tiles:
     spread_columns: int = 1024
 
 
-INTERPRETED = Tiles(128, 64, 128, 256, 64, 512)
+INTERPRETED = Tiles(256, 64, 256, 256, 64, 512)
 """An interpreted program costs milliseconds, however large it is."""
 
 

@@ -1,0 +1,190 @@
+"""A whole stage on the Triton kernels beside the CPU's: logits within what the kernels' bounds make
+of them, and the same greedy tokens. On a GPU models are larger and answers longer."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is for Linux on x86-64")
+
+from sharding.batch import Segment
+from sharding.gguf.reader import GGUFFile
+from sharding.kernels import Kernels
+from sharding.kernels.planes import PLANES
+from sharding.kernels.reference import Float32Weight, ReferenceKernels
+from sharding.kernels.triton import choose_device
+from sharding.kernels.triton_attention import FINE_ROWS
+from sharding.kernels.triton_matmul import FINE_TOKENS, MATVEC_TOKENS
+from sharding.model.attention import BatchIndex
+from sharding.model.kv_cache import LayerPages
+from sharding.stage import Stage
+from tests.sharding.kernels import triton_bounds
+from tests.sharding.kernels.bounds import U, gamma
+from tests.stages import load_stages, logits, open_request
+from tests.tiny_gguf import tiny_llama
+
+ON_GPU = choose_device().type == "cuda"
+TOKENS = 256 if ON_GPU else 4
+PROMPT = 17
+SMOLLM2: dict[str, object] = {
+    "layers": 30,
+    "hidden": 576,
+    "heads": 9,
+    "kv_heads": 3,
+    "ffn": 1536,
+    "vocab": 4096,
+}
+GEMMA: dict[str, object] = {
+    "layers": 18,
+    "hidden": 1024,
+    "heads": 4,
+    "kv_heads": 1,
+    "ffn": 2048,
+    "vocab": 4096,
+}
+
+
+class DisturbedKernels(ReferenceKernels):
+    """The slow twin, but every result is off by as much as a bound of the Triton kernels allows, up
+    or down at random. How far logits move then is how far theirs may."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = torch.Generator().manual_seed(seed)
+
+    def _signs(self, like: torch.Tensor) -> torch.Tensor:
+        return torch.randint(0, 2, like.shape, generator=self._random) * 2.0 - 1.0
+
+    def matmul(
+        self, x_TI: torch.Tensor, weight: object, residual_TO: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Off by the relative part of the bound of its way."""
+        assert isinstance(weight, Float32Weight)
+        y_TO = super().matmul(x_TI, weight, residual_TO)
+        size_TO = x_TI.abs() @ weight.matrix.t().abs()
+        cols = x_TI.shape[1]
+        if len(x_TI) <= MATVEC_TOKENS:
+            relative = gamma(13 + cols // 8 // triton_bounds.LANES + triton_bounds.LANES)
+        elif len(x_TI) <= FINE_TOKENS:
+            relative = 2.0**-19 + gamma(6 * cols)
+        else:
+            relative = 2 * triton_bounds.U16 + gamma(2 * cols)
+        return y_TO + self._signs(y_TO) * relative * size_TO
+
+    def attention(
+        self, q_TX: torch.Tensor, index: BatchIndex, pages: LayerPages, window: int = 0
+    ) -> torch.Tensor:
+        """Off by the bound."""
+        y_TX = super().attention(q_TX, index, pages, window)
+        q_THD = q_TX.unflatten(1, (-1, pages.head_dim))
+        for rows in index.rows:
+            part = slice(rows.first, rows.stop)
+            fine = q_THD[part].shape[0] * q_THD.shape[1] // pages.kv_heads <= FINE_ROWS
+            _, bound = triton_bounds.attention(q_THD[part], rows, pages, window, fine, 4)
+            y_TX[part] += self._signs(y_TX[part]) * bound.flatten(1).float()
+        return y_TX
+
+    def rms_norm(self, x_TI: torch.Tensor, scale_I: torch.Tensor, eps: float) -> torch.Tensor:
+        """Off by the bound."""
+        y_TI = super().rms_norm(x_TI, scale_I, eps)
+        return y_TI * (1 + self._signs(y_TI) * gamma(x_TI.shape[1] / 2 + 9))
+
+    def gated_silu(self, gate_up_T2F: torch.Tensor) -> torch.Tensor:
+        """Off by the bound."""
+        y_TF = super().gated_silu(gate_up_T2F)
+        gate = gate_up_T2F.chunk(2, dim=-1)[0]
+        return y_TF * (1 + self._signs(y_TF) * (triton_bounds.exp_error(gate) + 4 * U))
+
+
+def disturbed(file: GGUFFile, seed: int) -> list[Stage]:
+    """Stages on `DisturbedKernels`."""
+    stages = load_stages(file, 1, kernels="reference")
+    kernels: Kernels = DisturbedKernels(seed)
+    for stage in stages:
+        stage.kernels = kernels
+        stage._layers = kernels.layers(stage._blocks, stage._pages.layers)
+    return stages
+
+
+def run(stages: Sequence[Stage], prompt: list[int], answer: list[int]) -> torch.Tensor:
+    """Logits `[T, V]` of a prompt's end and of each token of an answer that is fed one by one."""
+    open_request(stages, 1, range((len(prompt) + len(answer)) // 16 + 1))
+    found = [logits(stages, [Segment(1, 0, prompt)])[-1:].cpu()]
+    for position, token in enumerate(answer, len(prompt)):
+        found.append(logits(stages, [Segment(1, position, [token])]).cpu())
+    return torch.cat(found)
+
+
+def greedy(
+    stages: Sequence[Stage], prompt: list[int], tokens: int
+) -> tuple[list[int], torch.Tensor]:
+    """An answer, and the logits that it was drawn from."""
+    open_request(stages, 1, range((len(prompt) + tokens) // 16 + 1))
+    found = [logits(stages, [Segment(1, 0, prompt)])[-1:].cpu()]
+    answer = [int(found[0].argmax())]
+    while len(answer) < tokens:
+        position = len(prompt) + len(answer) - 1
+        found.append(logits(stages, [Segment(1, position, answer[-1:])]).cpu())
+        answer.append(int(found[-1].argmax()))
+    return answer, torch.cat(found)
+
+
+def cases() -> list[dict[str, object]]:
+    """Tiny models of every format; on a GPU of two models' shapes as well."""
+    formats = [name for name in PLANES if name != "F32"]
+    tiny: list[dict[str, object]] = [
+        {"quant": name, "layers": 2, "hidden": 256, "ffn": 256}
+        if name.endswith("_K") or name == "IQ4_XS"
+        else {"quant": name, "layers": 2}
+        for name in formats
+    ]
+    tiny.append({"quant": "F32", "layers": 2, "tied": False, "rope_freqs": True})
+    return [*tiny, SMOLLM2 | {"quant": "Q4_1"}, GEMMA | {"quant": "Q4_K"}] if ON_GPU else tiny
+
+
+@pytest.mark.parametrize("options", cases(), ids=lambda o: f"{o['quant']}-{o['layers']}")
+def test_a_stage_gives_the_logits_and_the_tokens_of_the_cpu(options: dict[str, object]) -> None:
+    file = GGUFFile.from_bytes(tiny_llama(**options, context=512))
+    vocab = load_stages(file, 1, kernels="reference")[0].shape.vocab
+    prompt = torch.randint(0, vocab, (PROMPT,), generator=torch.Generator().manual_seed(3)).tolist()
+    cpu = load_stages(file, 1, kernels="cpu" if not ON_GPU else "reference")
+    answer, expected = greedy(cpu, prompt, TOKENS)
+    found = run(load_stages(file, 1, kernels="triton"), prompt, answer[:-1])
+    moved = [run(disturbed(file, seed), prompt, answer[:-1]) - expected for seed in range(3)]
+    tolerance = max(float(off.abs().max()) for off in moved)
+    assert tolerance < float(expected.std()) / 4  # or it would allow anything
+    assert float((found - expected).abs().max()) <= tolerance
+    assert found.argmax(-1).tolist() == answer
+
+
+def test_two_stages_and_a_batch_of_three_chunks_and_tokens() -> None:
+    """Hidden states travel over a stage's border, and requests of all kinds share a batch."""
+    file = GGUFFile.from_bytes(tiny_llama(layers=2))
+    prompts = [list(range(3, 3 + count)) for count in (25, 8, 40)]
+    found: dict[str, torch.Tensor] = {}
+    for kernels, stages in (("cpu", 1), ("triton", 2)):
+        loaded = load_stages(file, stages, kernels=kernels)
+        for number, prompt in enumerate(prompts):
+            open_request(loaded, number, [number + 3 * page for page in range(4)])
+            if number < 2:
+                logits(loaded, [Segment(number, 0, prompt[:-1])])
+        last = [Segment(n, len(p) - 1, p[-1:]) for n, p in enumerate(prompts[:2])]
+        found[kernels] = logits(loaded, [*last, Segment(2, 0, prompts[2])]).cpu()
+    assert (found["triton"] - found["cpu"]).abs().max() < found["cpu"].std() / 50
+
+
+@pytest.mark.skipif(ON_GPU, reason="there is a GPU here")
+def test_without_a_gpu_the_error_says_what_is_missing() -> None:
+    """And nothing falls back: asked for Triton, a stage computes with it or not at all."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    code = "from sharding.kernels import load_kernels; load_kernels('triton')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert "ConfigError: --kernels triton needs a GPU" in done.stderr
