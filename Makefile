@@ -11,10 +11,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := $(BIN)/python -m pip install --quiet --quiet -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint sanitize setup clean
+.PHONY: help demo test lint sanitize gpu-test setup clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s%s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s%s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.runtime  ## fetch the demo model, serve it over 2 stages, stream one answer
 	@$(BIN)/python -m serving.demo
@@ -40,6 +40,13 @@ sanitize: $(VENV)/.test  ## run the kernels' tests under AddressSanitizer and UB
 	    LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    $(BIN)/python -m pytest --capture=sys tests/sharding/kernels
+
+# Another Python than .venv's, say with a torch built for CUDA: `make gpu-test GPU_PYTHON=python3`.
+GPU_PYTHON ?= $(BIN)/python
+$(if $(filter $(BIN)/python,$(GPU_PYTHON)),gpu-test: $(VENV)/.test)
+
+gpu-test:  ## run the GPU kernels' tests on this machine's GPU (4 minutes)
+	@$(GPU_PYTHON) -m tests.gpu
 
 setup: $(VENV)/.runtime  ## install Longspan into .venv
 

@@ -26,6 +26,10 @@ WORKSPACE_BYTES = 16 << 20
 """Bound on what attention holds beside its input and output: tiles of scores, keys and values. The
 reference needs 8 tokens x 256 slots x 4 bytes a head, a few times, at any depth."""
 
+GPU_WORKSPACE_BYTES = 288 << 20
+"""The same of the Triton kernels: 128 MiB of expanded weights, their product with a chunk before it
+is scaled, and the parts of a decoded token's attention."""
+
 LOGIT_ROWS = 64
 """Most rows of logits `[rows, vocab]` that the last stage computes at a time."""
 
@@ -85,6 +89,7 @@ class ModelCosts:
     `layer_bytes[i]`: weights of layer i. `embedding_bytes`: token embedding, on the first stage.
     `output_bytes`: final norm and head, on the last stage. `tied_bytes`: the head's bytes if the
     head is the embedding, else 0; they are shared where first and last stage are one.
+    `workspace_bytes`: what the kernels hold beside inputs and outputs.
     """
 
     shape: ModelShape
@@ -92,6 +97,7 @@ class ModelCosts:
     embedding_bytes: int
     output_bytes: int
     tied_bytes: int
+    workspace_bytes: int = WORKSPACE_BYTES
 
     @property
     def layers(self) -> int:
@@ -123,6 +129,7 @@ def model_costs(
     shape: ModelShape,
     tensors: Mapping[str, Size],
     weight_bytes: Callable[[Size], int],
+    workspace_bytes: int = WORKSPACE_BYTES,
 ) -> ModelCosts:
     """Add up a file's tensor table. `weight_bytes` says what the kernels keep of one tensor.
 
@@ -148,6 +155,7 @@ def model_costs(
         embedding_bytes=embedding,
         output_bytes=head + weight_bytes(tensors[_FINAL_NORM]),
         tied_bytes=head if tied else 0,
+        workspace_bytes=workspace_bytes,
     )
 
 
@@ -156,7 +164,13 @@ def _required(layers: int) -> list[str]:
     return [_EMBEDDING, *blocks, _FINAL_NORM]
 
 
-def activation_bytes(shape: ModelShape, chunk_tokens: int, *, last: bool) -> int:
+def activation_bytes(
+    shape: ModelShape,
+    chunk_tokens: int,
+    *,
+    last: bool,
+    workspace_bytes: int = WORKSPACE_BYTES,
+) -> int:
     """Upper bound on a stage's tensors beside weights and KV while it computes one chunk.
 
     Everything is float32, one layer at a time. Per token: three hidden states (the residual stream,
@@ -168,7 +182,7 @@ def activation_bytes(shape: ModelShape, chunk_tokens: int, *, last: bool) -> int
     """
     attention = 2 * shape.q_features + 2 * shape.kv_features
     per_token = FP32_BYTES * (3 * shape.hidden + attention + 4 * shape.ffn)
-    total = chunk_tokens * per_token + WORKSPACE_BYTES
+    total = chunk_tokens * per_token + workspace_bytes
     if last:
         rows = min(LOGIT_ROWS, chunk_tokens)
         total += shape.vocab * (2 * rows * FP32_BYTES + SAMPLER_BYTES_PER_TOKEN)

@@ -10,7 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from sharding.cost import fp32_resident, model_costs, packed_resident
+from sharding.cost import (
+    GPU_WORKSPACE_BYTES,
+    WORKSPACE_BYTES,
+    fp32_resident,
+    model_costs,
+    packed_resident,
+)
 from sharding.errors import ConfigError
 from sharding.gguf.reader import GGUFFile, TensorInfo
 from sharding.kernels.planes import planes_resident
@@ -68,7 +74,8 @@ def plan_model(file: GGUFFile, devices: Sequence[Device], wanted: Wanted) -> Mod
     """
     shape = read_shape(file.metadata)
     kernels = choose_kernels(wanted.kernels)
-    costs = model_costs(shape, file.tensors, RESIDENT[kernels])
+    workspace_bytes = GPU_WORKSPACE_BYTES if kernels == "triton" else WORKSPACE_BYTES
+    costs = model_costs(shape, file.tensors, RESIDENT[kernels], workspace_bytes)
     largest = largest_context(costs, devices)
     context = wanted.context or max(1, min(shape.train_context, largest))
     kv_tokens = wanted.kv_tokens or max(context, min(largest, CONTEXTS_HELD * context))

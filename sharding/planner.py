@@ -147,7 +147,12 @@ class _Demand:
             layers=range(start, stop),
             weights_bytes=costs.weights_bytes(start, stop),
             kv_bytes=(stop - start) * layer_kv_bytes,
-            activation_bytes=activation_bytes(costs.shape, self.chunk_tokens, last=last),
+            activation_bytes=activation_bytes(
+                costs.shape,
+                self.chunk_tokens,
+                last=last,
+                workspace_bytes=costs.workspace_bytes,
+            ),
             buffer_bytes=buffer_bytes(costs.shape, self.chunk_tokens),
         )
 

@@ -31,6 +31,7 @@ HOMES = {
         "serving.cluster",
         "serving.metrics",
     ),
+    "triton": ("sharding.kernels.triton*",),
     "fastapi": tuple(f"serving.{name}" for name in HTTP),
     "starlette": tuple(f"serving.{name}" for name in HTTP),
     # Installed with the test extra only: a user's installation does not have them.

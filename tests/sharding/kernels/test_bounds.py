@@ -9,9 +9,9 @@ import torch
 from sharding.kernels import Kernels
 from sharding.kernels.reference import ReferenceKernels
 from tests.sharding.kernels import bounds
+from tests.sharding.kernels.instruction_sets import KERNELS
 from tests.sharding.kernels.world import (
     FORMAT_NAMES,
-    KERNELS,
     Heads,
     file_of,
     index_of,

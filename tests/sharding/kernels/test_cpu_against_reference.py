@@ -18,10 +18,10 @@ from sharding.kernels.cpu import CPUKernels
 from sharding.kernels.reference import ReferenceKernels
 from sharding.model.kv_cache import LayerPages
 from tests.sharding.kernels import bounds
+from tests.sharding.kernels.instruction_sets import KERNELS
 from tests.sharding.kernels.world import (
     FLOATS,
     FORMAT_NAMES,
-    KERNELS,
     Heads,
     file_of,
     index_of,

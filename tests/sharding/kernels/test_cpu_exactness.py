@@ -13,10 +13,10 @@ from sharding.gguf.reader import GGUFFile
 from sharding.kernels import BlockWeights, Weight
 from sharding.kernels.composed import ComposedLayers
 from sharding.kernels.cpu import CPUKernels, use_threads
+from tests.sharding.kernels.instruction_sets import KERNELS
 from tests.sharding.kernels.world import (
     FLOATS,
     FORMAT_NAMES,
-    KERNELS,
     Heads,
     file_of,
     index_of,

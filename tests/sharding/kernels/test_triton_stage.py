@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -14,8 +14,10 @@ import torch
 pytest.importorskip("triton", reason="Triton is for Linux on x86-64")
 
 from sharding.batch import Segment
+from sharding.errors import ConfigError
 from sharding.gguf.reader import GGUFFile
 from sharding.kernels import Kernels
+from sharding.kernels import triton as triton_set
 from sharding.kernels.planes import PLANES
 from sharding.kernels.reference import Float32Weight, ReferenceKernels
 from sharding.kernels.triton import choose_device
@@ -30,6 +32,7 @@ from tests.stages import load_stages, logits, open_request
 from tests.tiny_gguf import tiny_llama
 
 ON_GPU = choose_device().type == "cuda"
+TWIN = "reference" if ON_GPU else "cpu"
 TOKENS = 256 if ON_GPU else 4
 PROMPT = 17
 SMOLLM2: dict[str, object] = {
@@ -152,7 +155,7 @@ def test_a_stage_gives_the_logits_and_the_tokens_of_the_cpu(options: dict[str, o
     file = GGUFFile.from_bytes(tiny_llama(**options, context=512))
     vocab = load_stages(file, 1, kernels="reference")[0].shape.vocab
     prompt = torch.randint(0, vocab, (PROMPT,), generator=torch.Generator().manual_seed(3)).tolist()
-    cpu = load_stages(file, 1, kernels="cpu" if not ON_GPU else "reference")
+    cpu = load_stages(file, 1, kernels=TWIN)
     answer, expected = greedy(cpu, prompt, TOKENS)
     found = run(load_stages(file, 1, kernels="triton"), prompt, answer[:-1])
     moved = [run(disturbed(file, seed), prompt, answer[:-1]) - expected for seed in range(3)]
@@ -167,7 +170,7 @@ def test_two_stages_and_a_batch_of_three_chunks_and_tokens() -> None:
     file = GGUFFile.from_bytes(tiny_llama(layers=2))
     prompts = [list(range(3, 3 + count)) for count in (25, 8, 40)]
     found: dict[str, torch.Tensor] = {}
-    for kernels, stages in (("cpu", 1), ("triton", 2)):
+    for kernels, stages in ((TWIN, 1), ("triton", 2)):
         loaded = load_stages(file, stages, kernels=kernels)
         for number, prompt in enumerate(prompts):
             open_request(loaded, number, [number + 3 * page for page in range(4)])
@@ -175,7 +178,31 @@ def test_two_stages_and_a_batch_of_three_chunks_and_tokens() -> None:
                 logits(loaded, [Segment(number, 0, prompt[:-1])])
         last = [Segment(n, len(p) - 1, p[-1:]) for n, p in enumerate(prompts[:2])]
         found[kernels] = logits(loaded, [*last, Segment(2, 0, prompts[2])]).cpu()
-    assert (found["triton"] - found["cpu"]).abs().max() < found["cpu"].std() / 50
+    assert (found["triton"] - found[TWIN]).abs().max() < found[TWIN].std() / 50
+
+
+def forged_gpu(monkeypatch: pytest.MonkeyPatch, init: Callable[[], None], capability: int) -> None:
+    """A torch that believes in a GPU."""
+    monkeypatch.setattr(triton_set, "interpreted", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "init", init)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: divmod(capability, 10))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+
+
+def test_a_gpu_that_is_too_old_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    forged_gpu(monkeypatch, lambda: None, 75)
+    with pytest.raises(ConfigError, match="capability 8.0 or higher; Tesla T4 has 7.5"):
+        choose_device()
+
+
+def test_a_driver_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init() -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).")
+
+    forged_gpu(monkeypatch, init, 90)
+    with pytest.raises(ConfigError, match="needs a GPU: The NVIDIA driver .* is too old"):
+        choose_device()
 
 
 @pytest.mark.skipif(ON_GPU, reason="there is a GPU here")

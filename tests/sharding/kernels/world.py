@@ -11,14 +11,12 @@ from numpy.typing import NDArray
 
 from sharding.batch import PAGE_SLOTS, Segment
 from sharding.gguf.reader import GGUFFile
-from sharding.kernels.cpu import INSTRUCTION_SETS, CPUKernels
 from sharding.model.arch import Family, ModelShape
 from sharding.model.attention import BatchIndex, build_index
 from sharding.model.kv_cache import LayerPages
 from tests.sharding.kernels.bounds import ARITHMETIC, BY_NAME
 from tests.tiny_gguf import write_gguf
 
-KERNELS = {name: CPUKernels(name) for name in INSTRUCTION_SETS}
 FORMAT_NAMES = tuple(ARITHMETIC)
 FLOATS = ("F32", "F16", "BF16")
 
