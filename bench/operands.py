@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 
 from sharding.batch import PAGE_SLOTS, Segment
 from sharding.gguf.quants import FORMATS
-from sharding.kernels import _cpu
-from sharding.kernels.cpu import CPUKernels
+from sharding.gguf.reader import GGUFFile
+from sharding.kernels import Kernels, Weight
 from sharding.model.arch import read_shape
 from sharding.model.attention import BatchIndex, build_index
 from sharding.model.kv_cache import LayerPages, PageStore
 from sharding.model.rope import frequencies
-from tests.tiny_gguf import random_weight
+from tests.tiny_gguf import random_weight, write_gguf
 
 Shape = tuple[int, int]
 """Rows and columns of a matrix."""
@@ -27,8 +27,7 @@ Shape = tuple[int, int]
 Heads = tuple[int, int, int]
 """Query heads, kv heads, head dim."""
 
-_TYPE_IDS = {format.name: type_id for type_id, format in FORMATS.items() if format.computed}
-COMPUTED = tuple(_TYPE_IDS)
+COMPUTED = tuple(format.name for format in FORMATS.values() if format.computed)
 """The names of all formats that kernels compute with."""
 
 _COLD_BYTES = 200_000_000
@@ -48,18 +47,20 @@ def raw_rows(format: str, shape: Shape) -> NDArray[np.uint8]:
     return np.resize(some, (rows, some.shape[1]))
 
 
+def raw_file(format: str, shape: Shape) -> GGUFFile:
+    """A file with one matrix, `w`."""
+    rows, cols = shape
+    return GGUFFile.from_bytes(
+        write_gguf({}, {"w": (raw_rows(format, shape), (cols, rows), format)})
+    )
+
+
 @lru_cache(maxsize=2)
-def packed_copies(kernels: CPUKernels, format: str, shape: Shape) -> tuple[_cpu.Weight, ...]:
+def packed_copies(kernels: Kernels, format: str, shape: Shape) -> tuple[Weight, ...]:
     """Copies of a packed matrix. The last two answers are kept: a format and Q4_1 beside it."""
-    raw = raw_rows(format, shape)
-    copies = range(copies_for(raw.nbytes))
-    return tuple(_packed(kernels, _TYPE_IDS[format], shape, raw) for _ in copies)
-
-
-def _packed(kernels: CPUKernels, type_id: int, shape: Shape, raw: NDArray[np.uint8]) -> _cpu.Weight:
-    weight = _cpu.Weight(shape[1], kernels.native)
-    weight.append(type_id, [shape[0]], [raw.ctypes.data], raw.shape[1])
-    return weight
+    file = raw_file(format, shape)
+    copies = range(copies_for(file.tensors["w"].n_bytes))
+    return tuple(kernels.pack(file, ["w"]) for _ in copies)
 
 
 def filled_layers(count: int, heads: Heads, slots: int) -> list[LayerPages]:

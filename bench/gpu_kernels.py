@@ -1,0 +1,201 @@
+"""The Triton kernels one by one, each against what the card can do at that moment.
+
+    python -m bench.gpu_kernels [--only Q4_K] [--keep]
+    TRITON_INTERPRET=1 python -m bench.gpu_kernels --tiny     does it run? its times mean nothing
+
+Figures of a row, from median times (Triton's `do_bench`, which empties the cache in between):
+
+    us               of one call, launches included
+    gb_s, of_copy    bytes that must be read (planes, KV, activations) and their share of what
+                     copying memory reaches, counted as read and written
+    tflop_s, of_gemm two for each multiplication and addition, and their share of torch's bf16 GEMM
+    library_us       torch's own kernel on the same numbers where it has one: `mm` on weights that
+                     are FP16 already, `scaled_dot_product_attention` on keys and values that lie in
+                     a row
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated
+
+import torch
+import triton
+import typer
+from torch.nn.functional import scaled_dot_product_attention
+
+from bench.operands import Heads, Shape, filled_layers, one_request, raw_file
+from bench.report import Report
+from sharding.kernels.triton import TritonKernels, interpreted
+from sharding.model.kv_cache import LayerPages
+
+FORMATS = ("Q4_K", "Q6_K", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_K", "F16")
+SHAPES: tuple[Shape, ...] = ((4096, 4096), (11008, 4096), (4096, 11008), (32000, 4096))
+HEADS: tuple[Heads, ...] = ((32, 32, 128), (32, 8, 128))
+DEPTH, CHUNK = 65536, 4096
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row: what is called, the bytes it must read, its operations, how a library does it."""
+
+    test: str
+    call: Callable[[], object]
+    n_bytes: int = 0
+    flops: int = 0
+    library: Callable[[], object] | None = None
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of the operands; `tiny` ones for the interpreter."""
+
+    shapes: tuple[Shape, ...]
+    heads: tuple[Heads, ...]
+    depth: int
+    chunk: int
+
+
+REAL = Sizes(SHAPES, HEADS, DEPTH, CHUNK)
+TINY = Sizes(((64, 512),), ((4, 2, 64),), 300, 40)
+
+
+class Cases:
+    """The rows to measure."""
+
+    def __init__(self, kernels: TritonKernels, sizes: Sizes) -> None:
+        self._kernels = kernels
+        self._sizes = sizes
+        self._device = kernels.device
+
+    def all(self) -> Iterator[Case]:
+        """One after the other: the memory of one is free before the next."""
+        for format in FORMATS:
+            for shape in self._sizes.shapes:
+                yield from self._products(format, shape)
+        for heads in self._sizes.heads:
+            yield from self._attention(heads)
+
+    def _products(self, format: str, shape: Shape) -> Iterator[Case]:
+        kernels, (rows, cols) = self._kernels, shape
+        weight = kernels.pack(raw_file(format, shape), ["w"])
+        expanded_OI = kernels.embed(weight, torch.arange(rows)).half()
+        for tokens in (1, 4, 16, self._sizes.chunk):
+            x_TI = torch.randn(tokens, cols, device=self._device)
+            yield Case(
+                f"matmul {format} {rows}x{cols} T{tokens}",
+                partial(kernels.matmul, x_TI, weight),
+                weight.n_bytes + x_TI.nbytes,
+                2 * rows * cols * tokens,
+                partial(torch.mm, x_TI.half(), expanded_OI.t()),
+            )
+
+    def _attention(self, heads: Heads) -> Iterator[Case]:
+        queries, groups, dim = heads
+        for tokens in (1, self._sizes.chunk):
+            depth = self._sizes.depth - tokens
+            pages = self._on_device(filled_layers(1, heads, self._sizes.depth)[0])
+            index = one_request(heads, depth, tokens).to(self._device)
+            q_TX = torch.randn(tokens, queries * dim, device=self._device)
+            seen = tokens * depth + tokens * (tokens + 1) // 2
+            yield Case(
+                f"attention {queries}/{groups} heads T{tokens} @ d{depth}",
+                partial(self._kernels.attention, q_TX, index, pages),
+                self._sizes.depth * groups * dim * 4 + q_TX.nbytes,
+                4 * queries * dim * seen,
+                self._library_attention(heads, tokens) if tokens == 1 else None,
+            )
+
+    def _library_attention(self, heads: Heads, tokens: int) -> Callable[[], object]:
+        queries, groups, dim = heads
+        q = torch.randn(1, queries, tokens, dim, device=self._device).half()
+        k, v = (
+            torch.randn(1, groups, self._sizes.depth, dim, device=self._device).half()
+            for _ in range(2)
+        )
+        return lambda: scaled_dot_product_attention(q, k, v, enable_gqa=queries != groups)
+
+    def _on_device(self, pages: LayerPages) -> LayerPages:
+        return LayerPages(pages.k_PGDS.to(self._device), pages.v_PGSD.to(self._device))
+
+
+def time_us(call: Callable[[], object]) -> float:
+    """The median on a GPU; interpreted, one call's."""
+    if not interpreted():
+        return float(triton.testing.do_bench(call, return_mode="median")) * 1e3
+    begin = time.perf_counter()
+    call()
+    return (time.perf_counter() - begin) * 1e6
+
+
+class Ceilings:
+    """What the device reaches: copying, and multiplying bf16 matrices."""
+
+    def __init__(self, device: torch.device, tiny: bool) -> None:
+        size = 256 if tiny else 8192
+        self._a, self._b = (
+            torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2)
+        )
+        self._from = torch.ones(1 << (20 if tiny else 30), dtype=torch.int8, device=device)
+        self._to = torch.empty_like(self._from)
+
+    def copy_gb_s(self) -> float:
+        """Read and written."""
+        return 2 * self._from.nbytes / time_us(lambda: self._to.copy_(self._from)) / 1e3
+
+    def gemm_tflop_s(self) -> float:
+        """Of bf16."""
+        return 2 * len(self._a) ** 3 / time_us(lambda: self._a @ self._b) / 1e6
+
+
+def figures(case: Case, ceilings: Ceilings) -> dict[str, float]:
+    """A row's figures."""
+    us, copy, gemm = time_us(case.call), ceilings.copy_gb_s(), ceilings.gemm_tflop_s()
+    gb_s, tflop_s = case.n_bytes / us / 1e3, case.flops / us / 1e6
+    found = {
+        "us": us,
+        "gb_s": gb_s,
+        "of_copy": gb_s / copy,
+        "tflop_s": tflop_s,
+        "of_gemm": tflop_s / gemm,
+        "copy_gb_s": copy,
+        "gemm_tflop_s": gemm,
+    }
+    if case.library is not None:
+        found["library_us"] = time_us(case.library)
+    return {name: float(f"{value:.4g}") for name, value in found.items()}
+
+
+def describe_gpu(device: torch.device) -> dict[str, str]:
+    """The card, its driver's CUDA, torch and Triton."""
+    about = {"torch": torch.__version__, "triton": triton.__version__}
+    if device.type != "cuda":
+        return about | {"gpu": "none: interpreted"}
+    return about | {
+        "gpu": torch.cuda.get_device_name(device),
+        "cuda": str(torch.version.cuda),
+        "driver": str(torch.cuda.driver_version()) if hasattr(torch.cuda, "driver_version") else "",
+    }
+
+
+def main(
+    only: Annotated[str, typer.Option(help="Rows whose name has this.")] = "",
+    tiny: Annotated[bool, typer.Option(help="Small operands, for the interpreter.")] = False,
+    keep: Annotated[bool, typer.Option(help="Write results/gpu_kernels.json.")] = False,
+) -> None:
+    """Measure every kernel."""
+    kernels = TritonKernels()
+    report = Report("gpu_kernels", keep)
+    about = describe_gpu(kernels.device)
+    ceilings = Ceilings(kernels.device, tiny)
+    with torch.inference_mode():
+        for case in Cases(kernels, TINY if tiny else REAL).all():
+            if only in case.test:
+                report.row(test=case.test, **about, **figures(case, ceilings))
+
+
+if __name__ == "__main__":
+    typer.run(main)
