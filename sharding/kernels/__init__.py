@@ -5,9 +5,10 @@ load.
     R rotary pairs of a head, F feed-forward width, P pages, S slots a page
 
 Activations are float32, contiguous, row-major. KV pages are FP16: keys `[P, G, D, S]` so that
-vector lanes run over slots, values `[P, G, S, D]`. Every output element is reduced in one fixed
-order, whatever T is and whatever else is in the batch: chunks, batches and stages must not show in
-the logits. Nothing here may keep a request's state.
+vector lanes run over slots, values `[P, G, S, D]`. On CPUs every output element is reduced in one
+fixed order, whatever T is and whatever else is in the batch: chunks, batches and stages must not
+show in the logits. On GPUs a set says in docs/numerics.md what may show, and how far. Nothing here
+may keep a request's state.
 """
 
 from __future__ import annotations
