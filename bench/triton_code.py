@@ -1,12 +1,14 @@
 """What Triton's compiler makes of the GPU kernels. Needs no GPU: it compiles for one by name.
 
-    python -m bench.triton_code [--capability 90] [--only matvec] [--keep]
+    python -m bench.triton_code [--capability 90] [--only few] [--keep]
 
 Figures of a row:
 
     registers, shared_bytes   of a thread, of a program; 255 registers are the most there are
     spilled_bytes             what did not fit into registers, of a thread
-    instructions              in all, of a program's one pass over its code
+    instructions              in all, of a thread's one pass over its code
+    instructions_a_weight     the same over the weights that it meets in one pass, where it does;
+                              what lies outside the loop is counted as well
     wide_loads                of 16 bytes; narrow_loads, of 4 bytes and less, are slow in a loop
     products                  matrix instructions
 """
@@ -17,7 +19,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,25 +30,26 @@ from triton.compiler import ASTSource, CompiledKernel
 
 from bench.report import Report
 from sharding.kernels import triton_attention, triton_matmul, triton_rows
-from sharding.kernels.planes import PLANES
+from sharding.kernels.planes import FLOAT_COLUMNS, PLANES, WORDS, Planes
 
 Constants = dict[str, int | bool | str]
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _FLOATS = {"eps", "scale", "factor"}
 # Integers that are multiples of 16 in every model of any size; Triton compiles for that.
-_EVEN = {"cols", "width", "y_cols", "kv_heads"}
+_EVEN = {"cols", "padded", "rows", "cut_stride", "width", "y_cols", "kv_heads"}
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel and what it is compiled for: pointers' types, constants, warps."""
+    """A kernel and what it is compiled for: pointers' types, constants, warps. `weights` are met in
+    one pass over its loop."""
 
     name: str
     function: Any
     pointers: dict[str, str]
     constants: Constants
     warps: int = 4
-    floats: frozenset[str] = field(default_factory=lambda: frozenset(_FLOATS))
+    weights: int = 0
 
     def compile(self, capability: int) -> CompiledKernel:
         """For a GPU of that compute capability, as 90 for 9.0."""
@@ -59,7 +62,7 @@ class Kernel:
             if name in self.pointers:
                 signature[name] = "*" + self.pointers[name]
             else:
-                signature[name] = "fp32" if name in self.floats else "i32"
+                signature[name] = "fp32" if name in _FLOATS else "i32"
             if name in self.pointers or name in _EVEN:
                 hints[(number,)] = [["tt.divisibility", 16]]
         source = ASTSource(self.function, signature, self.constants, hints)
@@ -70,42 +73,41 @@ class Kernel:
 def products() -> Iterator[Kernel]:
     """The ways of a product, in every format."""
     tiles = triton_matmul.Tiles()
+    pointers = {"halves": "fp16", "sums": "fp32", "y": "fp32", "codes": "i8", "ids": "i64"}
+    pointers |= {"out": "fp16"}
+    names = {"f32": "fp32", "f16": "fp16", "bf16": "bf16"}
     for name, planes in PLANES.items():
-        pointers = {
-            "x": "fp32",
-            "turned": "fp32",
-            "y": "fp32",
-            "residual": "fp32",
-            "out": "fp16",
-            "ids": "i64",
-            "codes": "i8",
-            "low": "i16" if planes.low_bits == 2 else "i32",
-            "high": "i16" if planes.high_bits == 2 else "u8",
-            "scales": "i16" if planes.minimum else "i8",
-            "units": "i32" if planes.minimum else "fp16",
-        }
-        keys = ("COLUMNS", "LOW", "HIGH", "OFFSET", "GROUP", "UNIT", "SCALED", "MINIMUM", "CODED")
-        format = dict(zip((*keys, "KIND"), triton_matmul.constants(planes), strict=True))
-        for tokens in (1, 4):
-            constants: Constants = {
-                "TOKENS": tokens, "ROWS": tiles.rows, "WORDS": tiles.words, "RESIDUAL": True,
+        for tokens in (1, 16):
+            size: Constants = {
+                "N": triton_matmul.prepared_columns(tokens), "ROWS": tiles.rows,
             }  # fmt: skip
+            if planes.quantised:
+                pointers |= {
+                    "low": "i16" if planes.low_bits == 2 else "i32",
+                    "high": "i16" if planes.high_bits == 2 else "u8",
+                    "scales": "i16" if planes.minimum else "i8",
+                    "units": "i32" if planes.minimum else "fp16",
+                }
+                constants = size | _format(planes)
+                weights = tiles.rows * WORDS * planes.columns
+                function = triton_matmul._few
+            else:
+                pointers |= {"low": names[planes.kind]}
+                constants = size | {"EXACT": planes.kind == "f16"}
+                weights = tiles.rows * FLOAT_COLUMNS
+                function = triton_matmul._few_floats
+            yield Kernel(f"few {name} T{tokens}", function, dict(pointers), constants, 4, weights)
+        if planes.quantised:
+            constants = {"GATHER": False, "ROWS": tiles.spread_rows, **_format(planes)}
+            weights = tiles.spread_rows * WORDS * planes.columns
             yield Kernel(
-                f"matvec {name} T{tokens}",
-                triton_matmul._matvec,
-                pointers,
-                constants | format,
-                warps=1,
+                f"spread {name}", triton_matmul._spread, dict(pointers), constants, 4, weights
             )
-        words = tiles.fine_columns // planes.columns
-        constants = {
-            "TOKENS": triton_matmul.FINE_TOKENS, "ROWS": tiles.fine_rows, "WORDS": words,
-            "RESIDUAL": True,
-        }  # fmt: skip
-        yield Kernel(f"fine {name}", triton_matmul._fine, pointers, constants | format)
-        words = tiles.spread_columns // planes.columns
-        constants = {"GATHER": False, "ROWS": tiles.spread_rows, "WORDS": words}
-        yield Kernel(f"spread {name}", triton_matmul._spread, pointers, constants | format)
+
+
+def _format(planes: Planes) -> Constants:
+    keys = ("COLUMNS", "LOW", "HIGH", "OFFSET", "GROUP", "UNIT", "SCALED", "MINIMUM", "CODED")
+    return dict(zip(keys, triton_matmul.constants(planes), strict=True))
 
 
 def attentions() -> Iterator[Kernel]:
@@ -175,18 +177,18 @@ def rows() -> Iterator[Kernel]:
         {"SIZE": triton_rows.DRAW_BLOCK},
     )
     yield Kernel(
-        "turn",
-        triton_matmul._turn,
-        x | {"out": "fp32"},
-        {"COLUMNS": 8, "LOW": 4, "WORDS": triton_matmul.Tiles().words},
+        "prepare",
+        triton_matmul._prepare,
+        x | {"halves": "fp16", "sums": "fp32", "factors": "fp32"},
+        {"N": 8, "GROUP": 32, "COLUMNS": triton_matmul.Tiles().columns},
     )
     halves = {"out": "fp16", "factors": "fp32"}
-    yield Kernel("halve", triton_matmul._halve, x | halves, {"COLS": 4096})
+    yield Kernel("halve", triton_matmul._halve, x | halves, {"COLUMNS": 1024})
     yield Kernel(
         "finish",
         triton_matmul._finish,
         {"product": "fp32", "y": "fp32", "residual": "fp32", "factors": "fp32"},
-        {"COLS": 4096, "RESIDUAL": True},
+        {"COLUMNS": 1024, "RESIDUAL": True},
     )
 
 
@@ -226,7 +228,10 @@ def main(
     report = Report("triton_code", keep)
     for kernel in (*products(), *attentions(), *rows()):
         if not only or any(part in kernel.name for part in only):
-            found = figures(kernel.compile(capability))
+            found: dict[str, float] = dict(figures(kernel.compile(capability)))
+            if kernel.weights:
+                share = kernel.weights / (32 * kernel.warps)
+                found["instructions_a_weight"] = round(found["instructions"] / share, 2)
             report.row(test=kernel.name, capability=capability, triton=triton.__version__, **found)
 
 

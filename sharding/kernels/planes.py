@@ -3,16 +3,18 @@
 A matrix `[O, I]` of a format becomes planes, each `[O, ...]` and row-major, so that neighbouring
 threads read neighbouring bytes and every load is aligned:
 
-    low      the low bits of every stored integer in words of int32, the first column in the lowest
-             bits: 8 columns of 4 bits, 4 of 8 bits; 8 of 2 bits in int16. Floats are words as well
-    high     the bits above, eight columns to a word: 1 bit -> uint8, 2 bits -> int16
+    low      the low bits of every stored integer, c columns to a word: 4 bits, c = 8, and 8 bits,
+             c = 4, in int32; 2 bits, c = 8, in int16. Of a block of 32 words, 32 c columns, field j
+             of word w is column 32 j + w: field by field, words are whole groups
+    high     the bits above, likewise: 1 bit -> uint8, 2 bits -> int16
     scales   int8 per group, if the format scales its groups' scale once more; with minima int16,
              scale and minimum
     units    d, FP16 per unit; with minima int32, d and m
 
     weight = d * scale * (q - offset) + m * minimum
 
-(for IQ4, q is looked up in a table of 16; K formats subtract minima, so m is stored negated).
+(for IQ4, q is looked up in a table of 16; K formats subtract minima, so m is stored negated). Rows
+are padded with zeros to whole blocks. Float formats have one plane, the numbers themselves.
 
 Neither torch nor Triton here: the planner counts with this table. Splitting is `triton_weights.py`.
 """
@@ -23,7 +25,10 @@ from dataclasses import dataclass
 
 from sharding.gguf.reader import TensorInfo
 
-PADDING = 32
+WORDS = 32
+"""Words of a block."""
+
+FLOAT_COLUMNS = 64
 """Columns of the float formats are padded with zeros to a multiple of this."""
 
 
@@ -37,8 +42,8 @@ class Planes:
     low_bits: int
     high_bits: int = 0
     offset: int = 0
-    group: int = PADDING
-    unit: int = PADDING
+    group: int = 32
+    unit: int = 32
     scaled: bool = False
     minimum: bool = False
     coded: bool = False
@@ -51,13 +56,8 @@ class Planes:
 
     @property
     def columns(self) -> int:
-        """Columns that lie in one word of the low plane."""
+        """Columns of a word of the low plane."""
         return 8 if self.low_bits <= 4 else 32 // self.low_bits
-
-    @property
-    def placed(self) -> bool:
-        """Whether an integer can be used where it lies in its word, without a shift."""
-        return self.quantised and not self.coded
 
     @property
     def largest(self) -> int:
@@ -68,7 +68,8 @@ class Planes:
 
     def padded(self, cols: int) -> int:
         """Columns as stored."""
-        return -(-cols // PADDING) * PADDING
+        whole = WORDS * self.columns if self.quantised else FLOAT_COLUMNS
+        return -(-cols // whole) * whole
 
     def row_bytes(self, cols: int) -> int:
         """Bytes of all planes for a row of so many columns."""

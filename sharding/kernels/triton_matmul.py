@@ -1,15 +1,15 @@
 """Products with weights in planes, and their rows: Triton kernels and who is called when.
 
-    T tokens, I inputs, O outputs, W words of a row (`planes.py`)
+    T tokens, I inputs, O outputs, N columns of prepared activations, B blocks of a row
 
-Three ways, by the number of tokens; docs/numerics.md bounds each:
+Two ways, by the number of tokens; docs/numerics.md bounds both:
 
-    matvec      to 4 tokens: float32 throughout, integers as they are stored, scales once a word
-    fine tiles  to 16: weights as float32, products of tensor cores in three parts (tf32x3)
-    GEMM        above: weights expanded to FP16 in a bounded workspace, the library's own GEMM
+    few     to 16 tokens: integers as they are stored, exact in FP16, meet activations that are two
+            FP16 numbers each on tensor cores, group by group; scales come after the sum. Nearly
+            float32, and a token's result is the same bits in any company. Bound by memory
+    GEMM    above: weights expanded to FP16 in a bounded workspace, then the library's own GEMM
 
-The first two read a weight's bytes once and are bound by memory; the last reads them once for a
-whole chunk. Not here: layout (`planes.py`) and packing (`triton_weights.py`).
+Not here: layout (`planes.py`) and packing (`triton_weights.py`).
 """
 
 from __future__ import annotations
@@ -21,68 +21,42 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sharding.kernels.planes import Planes
+from sharding.kernels.planes import FLOAT_COLUMNS, WORDS, Planes
 from sharding.kernels.triton_weights import IQ4_CODES, Part, PlanesWeight
 
-MATVEC_TOKENS = 4
-"""Above, multiply-adds of a weight would take longer than its bytes."""
-
-FINE_TOKENS = 16
+FEW_TOKENS = 16
 """Above, the library's GEMM is worth expanding the weight."""
 
 WORKSPACE_BYTES = 1 << 27
 """Most bytes of expanded weights at a time."""
 
-_MAGIC = tl.constexpr(0x4B000000)
-_MAGIC_VALUE = tl.constexpr(8388608.0)
+PROGRAMS = 512
+"""A matrix of few rows is cut along its columns too, into about so many programs: enough for any
+GPU to wait for memory in all of them at once. The cuts depend on the matrix alone."""
+
+_WORDS = tl.constexpr(WORDS)
+_FLOAT_COLUMNS = tl.constexpr(FLOAT_COLUMNS)
+_FP16_1024 = tl.constexpr(0x6400)
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Sizes of one program's work, powers of two: rows of a weight and words or columns of them, in
-    `_matvec`, `_fine` and `_spread`."""
+    """Rows of one program, powers of two: in `_few` and `_spread`. Columns in `_prepare`, `_halve`
+    and `_finish`."""
 
-    rows: int = 2
-    words: int = 128
-    fine_rows: int = 32
-    fine_columns: int = 64
-    spread_rows: int = 4
-    spread_columns: int = 1024
+    rows: int = 64
+    spread_rows: int = 16
+    columns: int = 1024
 
 
-INTERPRETED = Tiles(256, 64, 256, 256, 64, 512)
+INTERPRETED = Tiles(256, 128, 4096)
 """An interpreted program costs milliseconds, however large it is."""
 
 
 @triton.jit
 def _fp16(bits):
     """The number whose bits are the lowest 16."""
-    return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-
-
-@triton.jit
-def _numbers(
-    word, upper, codes, j, LOW: tl.constexpr, HIGH: tl.constexpr, OFFSET: tl.constexpr,
-    CODED: tl.constexpr, KIND: tl.constexpr,
-):  # fmt: skip
-    """Column j of each word, float32: a stored integer less the offset, a code, or a float."""
-    # One branch is compiled; a `return` in it would leave what follows to be compiled as well.
-    if KIND == "f32":
-        values = word.to(tl.float32, bitcast=True)
-    elif KIND == "bf16":
-        values = ((word >> (j * 16)) << 16).to(tl.float32, bitcast=True)
-    elif KIND == "f16":
-        values = _fp16(word >> (j * 16))
-    else:
-        q = (word >> (j * LOW)) & ((1 << LOW) - 1)
-        if HIGH > 0:
-            q |= ((upper >> (j * HIGH)) & ((1 << HIGH) - 1)) << LOW
-        if CODED:
-            values = tl.load(codes + q).to(tl.float32)
-        else:
-            # The integer as the last bits of a float of 2^23: one operation, no conversion.
-            values = (q | _MAGIC).to(tl.float32, bitcast=True) - (_MAGIC_VALUE + OFFSET)
-    return values
+    return bits.to(tl.int16).to(tl.float16, bitcast=True)
 
 
 @triton.jit
@@ -92,291 +66,254 @@ def _shifted(bits, left: tl.constexpr):
 
 
 @triton.jit
-def _placed(
-    word, upper, codes, j: tl.constexpr, COLUMNS: tl.constexpr, LOW: tl.constexpr,
-    HIGH: tl.constexpr, OFFSET: tl.constexpr, CODED: tl.constexpr, KIND: tl.constexpr,
+def _integers(
+    word, upper, codes, j: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    OFFSET: tl.constexpr, CODED: tl.constexpr,
 ):  # fmt: skip
-    """The same times 2^place, the integer's place in its half of a word: there it need not be
-    shifted. `_turn` divides what it meets by as much."""
-    if CODED or KIND != "int":
-        values = _numbers(word, upper, codes, j, LOW, HIGH, OFFSET, CODED, KIND)
+    """Field j of each word, less the offset, FP16, exact, and times 2^place: where it lies in its
+    byte it need not be shifted. As the last bits of 1024 it needs no conversion either."""
+    # What Triton compiles has one `return`: what followed another would be compiled as well.
+    if CODED:
+        values = tl.load(codes + ((word >> (j * LOW)) & ((1 << LOW) - 1))).to(tl.float16)
     else:
-        place: tl.constexpr = j * LOW % 16
-        half = word if j * LOW < 16 else word >> 16
-        q = half & (((1 << LOW) - 1) << place)
+        byte = word >> (j * LOW // 8 * 8)
+        q = byte & (((1 << LOW) - 1) << (j * LOW % 8))
         if HIGH > 0:
-            high = _shifted(upper, place + LOW - j * HIGH)
-            q |= high & (((1 << HIGH) - 1) << (place + LOW))
-        values = (q | _MAGIC).to(tl.float32, bitcast=True) - (_MAGIC_VALUE + (OFFSET << place))
+            high = _shifted(upper, j * LOW % 8 + LOW - j * HIGH)
+            q |= high & (((1 << HIGH) - 1) << (j * LOW % 8 + LOW))
+        values = _fp16(q | _FP16_1024) - (1024.0 + (OFFSET << (j * LOW % 8)))
     return values
 
 
 @triton.jit
-def _words(low, high, row_O, word_W, words, mask, HIGH: tl.constexpr):
-    """Words of the low plane and of the high one (or the same once more), int32 `[O, W]`."""
-    at = (row_O * words)[:, None] + word_W[None, :]
-    word = tl.load(low + at, mask=mask, other=0).to(tl.int32)
-    upper = word
-    if HIGH > 0:
-        upper = tl.load(high + at, mask=mask, other=0).to(tl.int32)
-    return word, upper
+def _unplaced(j: tl.constexpr, LOW: tl.constexpr, CODED: tl.constexpr):
+    """What undoes the place of field j."""
+    return 1.0 if CODED else 1.0 / (1 << (j * LOW % 8))
 
 
 @triton.jit
-def _scales(
-    scales, units, row_O, word_W, words, mask, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
-    UNIT: tl.constexpr, SCALED: tl.constexpr, MINIMUM: tl.constexpr,
-):  # fmt: skip
-    """What multiplies and what is added in each word of a quantised format, float32 `[O, W]`."""
-    unit_OW = row_O[:, None] * (words * COLUMNS // UNIT) + (word_W * COLUMNS // UNIT)[None, :]
-    group_OW = row_O[:, None] * (words * COLUMNS // GROUP) + (word_W * COLUMNS // GROUP)[None, :]
-    unit = tl.load(units + unit_OW, mask=mask, other=0)
+def _unit(units, at, mask, MINIMUM: tl.constexpr):
+    """d and m of units, float32 (d twice if there is no m)."""
+    bits = tl.load(units + at, mask=mask, other=0)
     if MINIMUM:
-        scale, minimum = _fp16(unit), _fp16(unit >> 16)
-        if SCALED:
-            both = tl.load(scales + group_OW, mask=mask, other=0)
-            scale *= (both & 255).to(tl.float32)
-            minimum *= (both >> 8).to(tl.float32)
+        d, m = _fp16(bits).to(tl.float32), _fp16(bits >> 16).to(tl.float32)
     else:
-        scale = unit.to(tl.float32)
-        if SCALED:
-            scale *= tl.load(scales + group_OW, mask=mask, other=0).to(tl.float32)
-        minimum = scale
+        d = bits.to(tl.float32)
+        m = d
+    return d, m
+
+
+@triton.jit
+def _group(scales, at, d, m, mask, SCALED: tl.constexpr, MINIMUM: tl.constexpr):
+    """What multiplies and what is added in groups, float32, exact."""
+    scale, minimum = d, m
+    if SCALED:
+        both = tl.load(scales + at, mask=mask, other=0)
+        if MINIMUM:
+            scale = d * (both & 255).to(tl.float32)
+            minimum = m * (both >> 8).to(tl.float32)
+        else:
+            scale = d * both.to(tl.float32)
     return scale, minimum
 
 
 @triton.jit
-def _turn(x, out, cols, quads, COLUMNS: tl.constexpr, LOW: tl.constexpr, WORDS: tl.constexpr):
-    """A row `[I]` as `[COLUMNS + 1, W]`: what meets column j of each word, then each word's sum.
-    LOW is the bits of an integer that is used in its place, else 0."""
-    words = quads * 4
-    row = tl.program_id(0).to(tl.int64)
-    word_W = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
-    total = tl.zeros([WORDS], tl.float32)
-    to = out + row * words * (COLUMNS + 1) + word_W
-    for j in tl.static_range(COLUMNS):
-        column = word_W * COLUMNS + j
-        value = tl.load(x + row * cols + column, mask=column < cols, other=0.0)
-        total += value
-        tl.store(to + j * words, value * (1.0 / (1 << j * LOW % 16)), mask=word_W < words)
-    tl.store(to + COLUMNS * words, total, mask=word_W < words)
-
-
-@triton.jit
-def _matvec(
-    turned, y, residual, low, high, scales, units, codes, tokens, quads, rows, y_cols,
-    TOKENS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr, RESIDUAL: tl.constexpr,
-    COLUMNS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, OFFSET: tl.constexpr,
-    GROUP: tl.constexpr, UNIT: tl.constexpr, SCALED: tl.constexpr, MINIMUM: tl.constexpr,
-    CODED: tl.constexpr, KIND: tl.constexpr,
-):  # fmt: skip
-    """`y[t, o]` of a few rows, all inputs, up to TOKENS tokens. A lane keeps the sum of its words;
-    lanes meet once, at the end."""
-    words = quads * 4
-    row_O = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    inside_O = row_O < rows
-    sums = _nothing(ROWS, WORDS)
-    for first in range(0, words, WORDS):
-        word_W = first + tl.arange(0, WORDS)
-        mask = inside_O[:, None] & (word_W < words)[None, :]
-        word_OW, upper_OW = _words(low, high, row_O, word_W, words, mask, HIGH)
-        met = _nothing(ROWS, WORDS)
-        for j in tl.static_range(COLUMNS):
-            q_OW = _placed(word_OW, upper_OW, codes, j, COLUMNS, LOW, HIGH, OFFSET, CODED, KIND)
-            met = _multiply_add(
-                q_OW, turned + j * words, words, word_W, tokens, met, TOKENS, COLUMNS
-            )
-        if KIND == "int":
-            scale_OW, minimum_OW = _scales(
-                scales, units, row_O, word_W, words, mask, COLUMNS, GROUP, UNIT, SCALED,
-                MINIMUM,
-            )  # fmt: skip
-            sums = _scaled_add(scale_OW, met, sums, TOKENS)
-            if MINIMUM:
-                sums = _multiply_add(
-                    minimum_OW, turned + COLUMNS * words, words, word_W, tokens, sums, TOKENS,
-                    COLUMNS,
-                )  # fmt: skip
-        else:
-            sums = _scaled_add(1.0, met, sums, TOKENS)
-    for t in tl.static_range(TOKENS):
-        y_O = tl.sum(sums[t], axis=1)
-        at = t * y_cols + row_O
-        mask = inside_O & (t < tokens)
-        if RESIDUAL:
-            y_O = tl.load(residual + at, mask=mask, other=0.0) + y_O
-        tl.store(y + at, y_O, mask=mask)
-
-
-@triton.jit
-def _nothing(ROWS: tl.constexpr, WORDS: tl.constexpr):
-    """Zeros for four tokens, of which the compiler drops those that stay what they are. Not an axis
-    of one tensor: lanes would have to exchange what they hold."""
-    zero = tl.zeros([ROWS, WORDS], tl.float32)
-    return zero, zero, zero, zero
-
-
-@triton.jit
-def _meeting(turned, t, words, word_W, tokens, COLUMNS: tl.constexpr):
-    """Token t's activations for a column of each word, `[1, W]`."""
-    at = turned + t * words * (COLUMNS + 1) + word_W[None, :]
-    return tl.load(at, mask=(word_W < words)[None, :] & (t < tokens), other=0.0)
-
-
-@triton.jit
-def _multiply_add(
-    a_OW, turned, words, word_W, tokens, sums, TOKENS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """Each token's sum plus `a` times its activations."""
-    first, second, third, fourth = sums
-    first += a_OW * _meeting(turned, 0, words, word_W, tokens, COLUMNS)
-    if TOKENS > 1:
-        second += a_OW * _meeting(turned, 1, words, word_W, tokens, COLUMNS)
-    if TOKENS > 2:
-        third += a_OW * _meeting(turned, 2, words, word_W, tokens, COLUMNS)
-        fourth += a_OW * _meeting(turned, 3, words, word_W, tokens, COLUMNS)
-    return first, second, third, fourth
-
-
-@triton.jit
-def _scaled_add(scale, parts, sums, TOKENS: tl.constexpr):
-    """Each token's sum plus its part times the scale."""
-    first, second, third, fourth = sums
-    first += scale * parts[0]
-    if TOKENS > 1:
-        second += scale * parts[1]
-    if TOKENS > 2:
-        third += scale * parts[2]
-        fourth += scale * parts[3]
-    return first, second, third, fourth
-
-
-@triton.jit
-def _weights(
-    low, high, scales, units, codes, row_O, word_W, words, mask, COLUMNS: tl.constexpr,
-    LOW: tl.constexpr, HIGH: tl.constexpr, OFFSET: tl.constexpr, GROUP: tl.constexpr,
-    UNIT: tl.constexpr, SCALED: tl.constexpr, MINIMUM: tl.constexpr, CODED: tl.constexpr,
-    KIND: tl.constexpr,
-):  # fmt: skip
-    """Weights, float32 `[O, W, COLUMNS]`."""
-    j = tl.arange(0, COLUMNS)[None, None, :]
-    word_OW, upper_OW = _words(low, high, row_O, word_W, words, mask, HIGH)
-    w_OWj = _numbers(
-        word_OW[:, :, None], upper_OW[:, :, None], codes, j, LOW, HIGH, OFFSET, CODED, KIND
-    )
-    if KIND == "int":
-        scale_OW, minimum_OW = _scales(
-            scales, units, row_O, word_W, words, mask, COLUMNS, GROUP, UNIT, SCALED, MINIMUM
-        )
-        w_OWj *= scale_OW[:, :, None]
-        if MINIMUM:
-            w_OWj += minimum_OW[:, :, None]
-    return w_OWj
-
-
-@triton.jit
-def _fine(
-    x, y, residual, low, high, scales, units, codes, tokens, cols, quads, rows, y_cols,
-    TOKENS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr, RESIDUAL: tl.constexpr,
-    COLUMNS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, OFFSET: tl.constexpr,
-    GROUP: tl.constexpr, UNIT: tl.constexpr, SCALED: tl.constexpr, MINIMUM: tl.constexpr,
-    CODED: tl.constexpr, KIND: tl.constexpr,
-):  # fmt: skip
-    """`y[t, o]` of TOKENS tokens and ROWS rows on tensor cores, to nearly float32's precision."""
-    words = quads * 4
-    row_O = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    t = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    inside_O = row_O < rows
-    y_OT = tl.zeros([ROWS, TOKENS], tl.float32)
-    for first in range(0, words, WORDS):
-        word_W = first + tl.arange(0, WORDS)
-        mask = inside_O[:, None] & (word_W < words)[None, :]
-        w_OWj = _weights(
-            low, high, scales, units, codes, row_O, word_W, words, mask, COLUMNS, LOW, HIGH,
-            OFFSET, GROUP, UNIT, SCALED, MINIMUM, CODED, KIND,
-        )  # fmt: skip
-        column = first * COLUMNS + tl.arange(0, WORDS * COLUMNS)
-        x_IT = tl.load(
-            x + t[None, :] * cols + column[:, None],
-            mask=(t < tokens)[None, :] & (column < cols)[:, None],
-            other=0.0,
-        )
-        w_OI = tl.reshape(w_OWj, [ROWS, WORDS * COLUMNS])
-        y_OT = tl.dot(w_OI, x_IT, y_OT, input_precision="tf32x3")
-    at = t[None, :] * y_cols + row_O[:, None]
-    mask = (t < tokens)[None, :] & inside_O[:, None]
-    if RESIDUAL:
-        y_OT = tl.load(residual + at, mask=mask, other=0.0) + y_OT
-    tl.store(y + at, y_OT, mask=mask)
-
-
-@triton.jit
-def _spread(
-    out, ids, low, high, scales, units, codes, first_row, rows, count, cols, quads, factor,
-    GATHER: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr, COLUMNS: tl.constexpr,
-    LOW: tl.constexpr, HIGH: tl.constexpr, OFFSET: tl.constexpr, GROUP: tl.constexpr,
-    UNIT: tl.constexpr, SCALED: tl.constexpr, MINIMUM: tl.constexpr, CODED: tl.constexpr,
-    KIND: tl.constexpr,
-):  # fmt: skip
-    """`count` rows from `first_row` on, times `factor`, in the type of `out` `[count, cols]`.
-
-    With GATHER the rows that `ids` name in a matrix where this part begins at `first_row`; those
-    that are not in it are left alone."""
-    words = quads * 4
-    n = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    word_W = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
-    inside_O = n < count
-    if GATHER:
-        row_O = tl.load(ids + n, mask=inside_O, other=-1) - first_row
-        inside_O = inside_O & (row_O >= 0) & (row_O < rows)
-    else:
-        row_O = first_row + n
-    mask = inside_O[:, None] & (word_W < words)[None, :]
-    w_OWj = _weights(
-        low, high, scales, units, codes, row_O, word_W, words, mask, COLUMNS, LOW, HIGH,
-        OFFSET, GROUP, UNIT, SCALED, MINIMUM, CODED, KIND,
-    )  # fmt: skip
-    column = (word_W[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :])[None]
-    tl.store(
-        out + n[:, None, None] * cols + column,
-        (w_OWj * factor).to(out.dtype.element_ty),
-        mask=mask[:, :, None] & (column < cols),
-    )
-
-
-@triton.jit
-def _halve(x, out, factors, cols, COLS: tl.constexpr):
-    """Rows as FP16, each times a power of two that brings its largest to [2^13, 2^14); `factors`
-    undo it. Infinities and NaN stay what they are."""
-    row = tl.program_id(0).to(tl.int64)
-    largest = tl.zeros([COLS], tl.float32)
-    for first in range(0, cols, COLS):
-        column = first + tl.arange(0, COLS)
-        part = tl.load(x + row * cols + column, mask=column < cols, other=0.0)
-        largest = tl.maximum(largest, tl.abs(part))
-    exponent = tl.max(largest, axis=0).to(tl.int32, bitcast=True) >> 23
+def _raised(largest):
+    """The power of two that brings a positive number to [2^13, 2^14), and its inverse."""
+    exponent = largest.to(tl.int32, bitcast=True) >> 23
     raised = tl.minimum(tl.maximum(267 - exponent, 1), 253)
-    factor = (raised << 23).to(tl.float32, bitcast=True)
-    for first in range(0, cols, COLS):
-        column = first + tl.arange(0, COLS)
-        part = tl.load(x + row * cols + column, mask=column < cols, other=0.0)
-        tl.store(out + row * cols + column, (part * factor).to(tl.float16), mask=column < cols)
-    tl.store(factors + row, ((254 - raised) << 23).to(tl.float32, bitcast=True))
+    up = (raised << 23).to(tl.float32, bitcast=True)
+    return up, ((254 - raised) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _largest(x, cols, COLUMNS: tl.constexpr):
+    """Of a row's absolute values, a NaN left aside."""
+    largest = tl.zeros([COLUMNS], tl.float32)
+    for first in range(0, cols, COLUMNS):
+        column = first + tl.arange(0, COLUMNS)
+        largest = tl.maximum(largest, tl.abs(tl.load(x + column, mask=column < cols, other=0.0)))
+    return tl.max(largest, axis=0)
+
+
+@triton.jit
+def _prepare(
+    x, halves, sums, factors, tokens, cols, padded, N: tl.constexpr, GROUP: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Token t's activations, scaled, as two FP16 numbers: `halves` `[padded, N]`, the upper ones in
+    column t, the lower ones in column N / 2 + t; `sums` `[padded / GROUP, N]` of groups. Columns
+    of no token are zeros."""
+    t = tl.program_id(0)
+    row = x + t.to(tl.int64) * cols
+    there = tl.where(t < tokens, cols, 0)
+    up, down = _raised(_largest(row, there, COLUMNS))
+    for first in range(0, padded, COLUMNS):
+        column = first + tl.arange(0, COLUMNS)
+        value = tl.load(row + column, mask=column < there, other=0.0) * up
+        upper = value.to(tl.float16)
+        lower = (value - upper.to(tl.float32)).to(tl.float16)
+        tl.store(halves + column * N + t, upper, mask=column < padded)
+        tl.store(halves + column * N + N // 2 + t, lower, mask=column < padded)
+        group = first // GROUP + tl.arange(0, COLUMNS // GROUP)
+        total = tl.sum(tl.reshape(value, [COLUMNS // GROUP, GROUP]), axis=1)
+        tl.store(sums + group * N + t, total, mask=group * GROUP < padded)
+        tl.store(sums + group * N + N // 2 + t, total * 0.0, mask=group * GROUP < padded)
+    tl.store(factors + t, down)
+
+
+@triton.jit
+def _few(
+    halves, sums, y, low, high, scales, units, codes, rows, blocks, cuts, N: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    OFFSET: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, SCALED: tl.constexpr,
+    MINIMUM: tl.constexpr, CODED: tl.constexpr,
+):  # fmt: skip
+    """A cut of some rows' product, `y[cut, t, o]`, float32, in the activations' scale."""
+    row_O = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    cut = tl.program_id(1)
+    n = tl.arange(0, N)
+    w = tl.arange(0, GROUP)
+    there_O = row_O < rows
+    length = tl.cdiv(blocks, cuts)
+    y_ON = tl.zeros([ROWS, N], tl.float32)
+    for block in range(cut * length, tl.minimum(blocks, (cut + 1) * length)):
+        base = block * (_WORDS * COLUMNS)
+        d_O, m_O = _unit(units, row_O * (blocks * (_WORDS * COLUMNS) // UNIT) + base // UNIT,
+                         there_O, MINIMUM)  # fmt: skip
+        for part in tl.static_range(_WORDS // GROUP):
+            at = (row_O * blocks + block)[:, None] * _WORDS + (w + part * GROUP)[None, :]
+            word = tl.load(low + at, mask=there_O[:, None], other=0).to(tl.int32)
+            upper = word
+            if HIGH > 0:
+                upper = tl.load(high + at, mask=there_O[:, None], other=0).to(tl.int32)
+            for j in tl.static_range(COLUMNS):
+                first = base + j * _WORDS + part * GROUP
+                if UNIT == _WORDS:
+                    d_O, m_O = _unit(
+                        units, row_O * (blocks * COLUMNS) + block * COLUMNS + j, there_O, MINIMUM
+                    )
+                group_O = row_O * (blocks * (_WORDS * COLUMNS) // GROUP) + first // GROUP
+                scale_O, minimum_O = _group(scales, group_O, d_O, m_O, there_O, SCALED, MINIMUM)
+                q_OI = _integers(word, upper, codes, j, LOW, HIGH, OFFSET, CODED)
+                x_IN = tl.load(halves + (w + first)[:, None] * N + n[None, :])
+                met_ON = tl.dot(q_OI, x_IN)
+                y_ON += (scale_O * _unplaced(j, LOW, CODED))[:, None] * met_ON
+                if MINIMUM:
+                    y_ON += minimum_O[:, None] * tl.load(sums + first // GROUP * N + n)[None, :]
+    # The upper and the lower halves meet.
+    y_OT = tl.sum(tl.reshape(y_ON, [ROWS, 2, N // 2]), axis=1)
+    t = tl.arange(0, N // 2)
+    to = y + (cut * (N // 2) + t)[None, :] * rows + row_O[:, None]
+    tl.store(to, y_OT, mask=there_O[:, None])
+
+
+@triton.jit
+def _few_floats(
+    halves, y, low, rows, blocks, cuts, factor, N: tl.constexpr, ROWS: tl.constexpr,
+    EXACT: tl.constexpr,
+):  # fmt: skip
+    """The same of a matrix of floats, times `factor`; two FP16 numbers each unless EXACT."""
+    row_O = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    cut = tl.program_id(1)
+    n = tl.arange(0, N)
+    i = tl.arange(0, _FLOAT_COLUMNS)
+    there_O = row_O < rows
+    length = tl.cdiv(blocks, cuts)
+    y_ON = tl.zeros([ROWS, N], tl.float32)
+    for block in range(cut * length, tl.minimum(blocks, (cut + 1) * length)):
+        at = (row_O * blocks + block)[:, None] * _FLOAT_COLUMNS + i[None, :]
+        w_OI = tl.load(low + at, mask=there_O[:, None], other=0.0)
+        x_IN = tl.load(halves + (i + block * _FLOAT_COLUMNS)[:, None] * N + n[None, :])
+        if EXACT:
+            y_ON = tl.dot(w_OI.to(tl.float16), x_IN, y_ON)
+        else:
+            scaled_OI = w_OI.to(tl.float32) * factor
+            upper_OI = scaled_OI.to(tl.float16)
+            y_ON = tl.dot(upper_OI, x_IN, y_ON)
+            y_ON = tl.dot((scaled_OI - upper_OI.to(tl.float32)).to(tl.float16), x_IN, y_ON)
+    y_OT = tl.sum(tl.reshape(y_ON, [ROWS, 2, N // 2]), axis=1)
+    t = tl.arange(0, N // 2)
+    to = y + (cut * (N // 2) + t)[None, :] * rows + row_O[:, None]
+    tl.store(to, y_OT, mask=there_O[:, None])
 
 
 @triton.jit
 def _finish(
-    product, y, residual, factors, factor, cols, y_cols, COLS: tl.constexpr, RESIDUAL: tl.constexpr
-):
-    """`y = residual + product * factors[t] * factor`, a row of the product a program."""
+    product, y, residual, factors, factor, cuts, cut_stride, cols, y_cols, COLUMNS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """`y = residual + (sum of product's cuts, in order) * factors[t] * factor`."""
     row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * COLS + tl.arange(0, COLS)
-    value = tl.load(product + row * cols + column, mask=column < cols, other=0.0)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    there = column < cols
+    at = product + row * cols + column
+    value = tl.load(at, mask=there, other=0.0)
+    for cut in range(1, cuts):
+        value += tl.load(at + cut * cut_stride, mask=there, other=0.0)
     value *= tl.load(factors + row)
     value *= factor
     if RESIDUAL:
-        value = tl.load(residual + row * y_cols + column, mask=column < cols, other=0.0) + value
-    tl.store(y + row * y_cols + column, value, mask=column < cols)
+        value = tl.load(residual + row * y_cols + column, mask=there, other=0.0) + value
+    tl.store(y + row * y_cols + column, value, mask=there)
+
+
+@triton.jit
+def _spread(
+    out, ids, low, high, scales, units, codes, first_row, rows, count, cols, blocks, factor,
+    GATHER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LOW: tl.constexpr,
+    HIGH: tl.constexpr, OFFSET: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr,
+    SCALED: tl.constexpr, MINIMUM: tl.constexpr, CODED: tl.constexpr,
+):  # fmt: skip
+    """A block of `count` rows from `first_row` on, times `factor`, in the type of `out`.
+
+    With GATHER the rows that `ids` name in a matrix where this part begins at `first_row`; those
+    that are not in it are left alone."""
+    n = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    block = tl.program_id(1)
+    w = tl.arange(0, _WORDS)
+    there_O = n < count
+    if GATHER:
+        row_O = tl.load(ids + n, mask=there_O, other=-1) - first_row
+        there_O = there_O & (row_O >= 0) & (row_O < rows)
+    else:
+        row_O = first_row + n
+    base = block * (_WORDS * COLUMNS)
+    at = (row_O * blocks + block)[:, None] * _WORDS + w[None, :]
+    word = tl.load(low + at, mask=there_O[:, None], other=0).to(tl.int32)
+    upper = word
+    if HIGH > 0:
+        upper = tl.load(high + at, mask=there_O[:, None], other=0).to(tl.int32)
+    for j in tl.static_range(COLUMNS):
+        column = w + base + j * _WORDS
+        unit_OI = (row_O * (blocks * (_WORDS * COLUMNS) // UNIT))[:, None] + (column // UNIT)[None]
+        group_OI = (row_O * (blocks * (_WORDS * COLUMNS) // GROUP))[:, None]
+        group_OI += (column // GROUP)[None, :]
+        d_OI, m_OI = _unit(units, unit_OI, there_O[:, None], MINIMUM)
+        scale_OI, minimum_OI = _group(scales, group_OI, d_OI, m_OI, there_O[:, None], SCALED,
+                                      MINIMUM)  # fmt: skip
+        q_OI = _integers(word, upper, codes, j, LOW, HIGH, OFFSET, CODED).to(tl.float32)
+        w_OI = (scale_OI * _unplaced(j, LOW, CODED)) * q_OI
+        if MINIMUM:
+            w_OI += minimum_OI
+        tl.store(
+            out + n[:, None] * cols + column[None, :],
+            (w_OI * factor).to(out.dtype.element_ty),
+            mask=there_O[:, None] & (column < cols)[None, :],
+        )
+
+
+@triton.jit
+def _halve(x, out, factors, cols, COLUMNS: tl.constexpr):
+    """Rows as FP16, each times a power of two that brings its largest to [2^13, 2^14); `factors`
+    undo it. Infinities and NaN stay what they are."""
+    row = tl.program_id(0).to(tl.int64)
+    up, down = _raised(_largest(x + row * cols, cols, COLUMNS))
+    for first in range(0, cols, COLUMNS):
+        column = first + tl.arange(0, COLUMNS)
+        value = tl.load(x + row * cols + column, mask=column < cols, other=0.0) * up
+        tl.store(out + row * cols + column, value.to(tl.float16), mask=column < cols)
+    tl.store(factors + row, down)
 
 
 class Products:
@@ -390,12 +327,10 @@ class Products:
         """`residual + x @ weight.T`, `[T, O]`."""
         tokens = len(x_TI)
         y_TO = torch.empty(tokens, weight.rows, dtype=torch.float32, device=x_TI.device)
-        if tokens > FINE_TOKENS:
+        if tokens > FEW_TOKENS:
             self._gemm(x_TI, weight, residual_TO, y_TO)
-        elif tokens > MATVEC_TOKENS:
-            self._few(x_TI, weight, residual_TO, y_TO)
         elif tokens > 0:
-            self._one(x_TI, weight, residual_TO, y_TO)
+            self._few(x_TI, weight, residual_TO, y_TO)
         return y_TO
 
     def rows(self, weight: PlanesWeight, ids_T: Tensor) -> Tensor:
@@ -405,110 +340,121 @@ class Products:
             self._expand(part, out_TI, part.first, 1.0, ids_T)
         return out_TI
 
-    def _one(
-        self, x_TI: Tensor, weight: PlanesWeight, residual_TO: Tensor | None, y_TO: Tensor
-    ) -> None:
-        tokens, cols = x_TI.shape
-        tiles = self._tiles
-        turned: dict[tuple[int, int], Tensor] = {}
-        for part in weight.parts:
-            size = min(tiles.words, triton.next_power_of_2(part.words))
-            columns, low = part.planes.columns, part.planes.low_bits if part.planes.placed else 0
-            way = columns, low
-            if way not in turned:
-                turned[way] = x_TI.new_empty(tokens, columns + 1, part.words)
-                grid = tokens, triton.cdiv(part.words, size)
-                _turn[grid](x_TI, turned[way], cols, part.words // 4, columns, low, size)
-            _matvec[(triton.cdiv(part.rows, tiles.rows),)](
-                turned[way],
-                *_outputs(y_TO, residual_TO, part.first),
-                *part.tensors,
-                self._codes,
-                tokens,
-                part.words // 4,
-                part.rows,
-                weight.rows,
-                triton.next_power_of_2(tokens),
-                tiles.rows,
-                size,
-                residual_TO is not None,
-                *constants(part.planes),
-                num_warps=1,
-            )
-
     def _few(
         self, x_TI: Tensor, weight: PlanesWeight, residual_TO: Tensor | None, y_TO: Tensor
     ) -> None:
         tokens, cols = x_TI.shape
-        tiles = self._tiles
+        width = prepared_columns(tokens)
+        prepared: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
         for part in weight.parts:
-            _fine[(triton.cdiv(part.rows, tiles.fine_rows), 1)](
-                x_TI,
-                *_outputs(y_TO, residual_TO, part.first),
-                *part.tensors,
-                self._codes,
-                tokens,
-                cols,
-                part.words // 4,
-                part.rows,
-                weight.rows,
-                FINE_TOKENS,
-                tiles.fine_rows,
-                tiles.fine_columns // part.planes.columns,
-                residual_TO is not None,
-                *constants(part.planes),
-            )
+            way = part.cols, part.planes.group
+            if way not in prepared:
+                prepared[way] = self._prepared(x_TI, width, *way)
+            halves, sums, factor_T = prepared[way]
+            grid, blocks, cuts = self._cut(part)
+            product = x_TI.new_empty(cuts, width // 2, part.rows)
+            factor = 1.0
+            if part.planes.quantised:
+                _few[grid](
+                    halves, sums, product, part.low, part.high, part.scales, part.units,
+                    self._codes, part.rows, blocks, cuts, width, self._tiles.rows,
+                    *constants(part.planes),
+                )  # fmt: skip
+            else:
+                exact = part.planes.kind == "f16"
+                factor = 1.0 if exact else part.headroom
+                _few_floats[grid](
+                    halves, product, part.low, part.rows, blocks, cuts, 1.0 / factor, width,
+                    self._tiles.rows, exact,
+                )  # fmt: skip
+            self._finish(product, factor_T, factor, part.first, y_TO, residual_TO)
+
+    def _prepared(
+        self, x_TI: Tensor, width: int, padded: int, group: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        tokens, cols = x_TI.shape
+        halves = torch.empty(padded, width, dtype=torch.float16, device=x_TI.device)
+        sums = x_TI.new_empty(padded // group, width)
+        factor_T = x_TI.new_empty(width // 2)
+        size = _columns_at_once(padded, self._tiles.columns)
+        _prepare[(width // 2,)](
+            x_TI, halves, sums, factor_T, tokens, cols, padded, width, group, size
+        )
+        return halves, sums, factor_T
+
+    def _cut(self, part: Part) -> tuple[tuple[int, int], int, int]:
+        """A grid of (rows, columns), the blocks of a row, and how many cuts they make."""
+        tall = triton.cdiv(part.rows, self._tiles.rows)
+        columns = WORDS * part.planes.columns if part.planes.quantised else FLOAT_COLUMNS
+        blocks = part.cols // columns
+        length = triton.cdiv(blocks, min(blocks, triton.cdiv(PROGRAMS, tall)))
+        cuts = triton.cdiv(blocks, length)
+        return (tall, cuts), blocks, cuts
 
     def _gemm(
         self, x_TI: Tensor, weight: PlanesWeight, residual_TO: Tensor | None, y_TO: Tensor
     ) -> None:
         tokens, cols = x_TI.shape
         half_TI = torch.empty(tokens, cols, dtype=torch.float16, device=x_TI.device)
-        factor_T = torch.empty(tokens, dtype=torch.float32, device=x_TI.device)
-        _halve[(tokens,)](x_TI, half_TI, factor_T, cols, _columns_at_once(cols))
+        factor_T = x_TI.new_empty(tokens)
+        size = _columns_at_once(cols, self._tiles.columns)
+        _halve[(tokens,)](x_TI, half_TI, factor_T, cols, size)
         slab = max(1, min(weight.rows, WORKSPACE_BYTES // (2 * cols)))
         space = torch.empty(slab, cols, dtype=torch.float16, device=x_TI.device)
         for part in weight.parts:
             for first in range(0, part.rows, slab):
                 count = min(slab, part.rows - first)
                 self._expand(part, space[:count], first, 1.0 / part.headroom)
-                product_TO = _half_gemm(half_TI, space[:count])
-                size = _columns_at_once(count)
-                _finish[(tokens, triton.cdiv(count, size))](
-                    product_TO,
-                    *_outputs(y_TO, residual_TO, part.first + first),
-                    factor_T,
-                    part.headroom,
-                    count,
-                    weight.rows,
-                    size,
-                    residual_TO is not None,
-                )
+                product = _half_gemm(half_TI, space[:count])[None]
+                at = part.first + first
+                self._finish(product, factor_T, part.headroom, at, y_TO, residual_TO)
+
+    def _finish(
+        self,
+        product: Tensor,
+        factor_T: Tensor,
+        factor: float,
+        first: int,
+        y_TO: Tensor,
+        residual_TO: Tensor | None,
+    ) -> None:
+        """Cuts `[cuts, T or more, o]` into columns from `first` on."""
+        cuts, _, cols = product.shape
+        size = _columns_at_once(cols, self._tiles.columns)
+        y = y_TO[:, first:]
+        _finish[(len(y_TO), triton.cdiv(cols, size))](
+            product, y, y if residual_TO is None else residual_TO[:, first:], factor_T, factor,
+            cuts, product.stride(0), cols, y_TO.shape[1], size, residual_TO is not None,
+        )  # fmt: skip
 
     def _expand(
         self, part: Part, out: Tensor, first: int, factor: float, ids: Tensor | None = None
     ) -> None:
         """Rows from `first` of the part, or those named of the weight, into `out` `[n, I]`."""
         count, cols = out.shape
+        if not part.planes.quantised:
+            _copy(part, out, first, factor, ids)
+            return
         if count == 0:
             return
-        tiles, words = self._tiles, self._tiles.spread_columns // part.planes.columns
-        _spread[(triton.cdiv(count, tiles.spread_rows), triton.cdiv(part.words, words))](
-            out,
-            part.low if ids is None else ids,
-            *part.tensors,
-            self._codes,
-            first,
-            part.rows,
-            count,
-            cols,
-            part.words // 4,
-            factor,
-            ids is not None,
-            tiles.spread_rows,
-            words,
-            *constants(part.planes),
-        )
+        rows_at_once = self._tiles.spread_rows
+        blocks = part.cols // (WORDS * part.planes.columns)
+        _spread[(triton.cdiv(count, rows_at_once), blocks)](
+            out, part.low if ids is None else ids, part.low, part.high, part.scales, part.units,
+            self._codes, first, part.rows, count, cols, blocks, factor, ids is not None,
+            rows_at_once, *constants(part.planes),
+        )  # fmt: skip
+
+
+def _copy(part: Part, out: Tensor, first: int, factor: float, ids: Tensor | None) -> None:
+    """`_expand` of floats."""
+    count, cols = out.shape
+    if ids is None:
+        out.copy_(part.low[first : first + count, :cols].float() * factor)
+        return
+    own_T1 = ((ids >= first) & (ids < first + part.rows))[:, None]
+    rows_TI = part.low[(ids - first).clamp(0, part.rows - 1), :cols].float()
+    out.copy_(torch.where(own_T1, rows_TI * factor, out))
 
 
 def _half_gemm(x_TI: Tensor, w_OI: Tensor) -> Tensor:
@@ -518,18 +464,17 @@ def _half_gemm(x_TI: Tensor, w_OI: Tensor) -> Tensor:
     return torch.mm(x_TI.float(), w_OI.float().t())
 
 
-def _outputs(y_TO: Tensor, residual_TO: Tensor | None, first: int) -> tuple[Tensor, Tensor]:
-    """Where rows from `first` on go, and what is added to them (anything, if nothing is)."""
-    y = y_TO[:, first:]
-    return y, y if residual_TO is None else residual_TO[:, first:]
+def prepared_columns(tokens: int) -> int:
+    """Two for each token, and enough of them for a matrix instruction."""
+    return 2 * max(4, int(triton.next_power_of_2(tokens)))
 
 
-def _columns_at_once(cols: int) -> int:
-    return int(min(4096, triton.next_power_of_2(cols)))
+def _columns_at_once(cols: int, most: int) -> int:
+    return int(min(most, triton.next_power_of_2(max(32, cols))))
 
 
-def constants(planes: Planes) -> tuple[int | bool | str, ...]:
-    """What a kernel is compiled for."""
+def constants(planes: Planes) -> tuple[int | bool, ...]:
+    """What a kernel of a quantised format is compiled for."""
     return (
         planes.columns,
         planes.low_bits,
@@ -540,5 +485,4 @@ def constants(planes: Planes) -> tuple[int | bool | str, ...]:
         planes.scaled,
         planes.minimum,
         planes.coded,
-        planes.kind,
     )

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sharding.gguf.reader import GGUFFile, TensorInfo
-from sharding.kernels.planes import PLANES, Planes
+from sharding.kernels.planes import PLANES, WORDS, Planes
 
 SLAB_BYTES = 1 << 26
 """Bytes of a file that are split at a time: a few times as much is needed beside the result."""
@@ -53,9 +53,9 @@ class Part:
         return self.low, self.high, self.scales, self.units
 
     @property
-    def words(self) -> int:
-        """Words of the low plane in a row."""
-        return self.low.shape[1]
+    def cols(self) -> int:
+        """Columns as stored, with the padding."""
+        return self.low.shape[1] * (self.planes.columns if self.planes.quantised else 1)
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def _part(
         if planes.quantised:
             split = _SPLITTERS[name](bytes_OB.unflatten(1, (-1, info.format.block_bytes)))
             headroom = max(headroom, _headroom(planes, split))
-            found.append(_together(planes, split))
+            found.append(_together(planes, split, info.cols))
         else:
             values_OI = bytes_OB.contiguous().view(_FLOATS[name])
             room = planes.padded(info.cols) - info.cols
@@ -111,7 +111,7 @@ def _part(
             headroom = max(headroom, _power(float(values_OI.abs().nan_to_num(0, 0, 0).max())))
     empty = torch.empty(0, dtype=torch.int8, device=device)
     stacked = {key: torch.cat([slab[key] for slab in found]) for key in found[0]}
-    low = stacked["low"] if planes.quantised else stacked["low"].view(torch.int32)
+    low = stacked["low"]
     high, scales, units = (stacked.get(key, empty) for key in ("high", "scales", "units"))
     return Part(planes, first, len(low), low, high, scales, units, headroom)
 
@@ -144,36 +144,46 @@ def _largest(found: dict[str, Tensor], fp16: str, integers: str) -> float:
     )
 
 
-def _bits_together(q_OI: Tensor, bits: int) -> Tensor:
-    """Integers of so many bits, uint8 `[O, I]`, as bytes, the first in the lowest bits."""
-    per_byte = 8 // bits
-    shares = q_OI.unflatten(1, (-1, per_byte))
-    byte: Tensor = shares[..., 0].clone()
-    for j in range(1, per_byte):
-        byte |= shares[..., j] << (bits * j)
-    return byte.contiguous()
-
-
-def _together(planes: Planes, split: dict[str, Tensor]) -> dict[str, Tensor]:
+def _together(planes: Planes, split: dict[str, Tensor], cols: int) -> dict[str, Tensor]:
     """What the kernels read, of what a splitter found."""
-    q_OI = split["q"].flatten(1)
+    padded = planes.padded(cols)
+    q_OI = _padded(split["q"].flatten(1), padded)
     low_OI = q_OI & ((1 << planes.low_bits) - 1)
     word = torch.int16 if planes.low_bits == 2 else torch.int32
-    found = {"low": _bits_together(low_OI, planes.low_bits).view(word)}
+    found = {"low": _in_words(low_OI, planes.low_bits, planes.columns).view(word)}
     if planes.high_bits:
-        high_OI = _bits_together(q_OI >> planes.low_bits, planes.high_bits)
+        high_OI = _in_words(q_OI >> planes.low_bits, planes.high_bits, planes.columns)
         found["high"] = high_OI.view(_HIGH_WORDS[planes.high_bits])
-    found["units"] = _beside(split, "d", "m", torch.int32)
+    found["units"] = _beside(split, "d", "m", padded // planes.unit, torch.int32)
     if planes.scaled:
-        found["scales"] = _beside(split, "scales", "minima", torch.int16)
+        found["scales"] = _beside(split, "scales", "minima", padded // planes.group, torch.int16)
     return found
 
 
-def _beside(split: dict[str, Tensor], first: str, second: str, both: torch.dtype) -> Tensor:
-    """One plane, or two in one number, the first in the low bits."""
+def _padded(plane_OI: Tensor, cols: int) -> Tensor:
+    return torch.nn.functional.pad(plane_OI, (0, cols - plane_OI.shape[1]))
+
+
+def _in_words(q_OI: Tensor, bits: int, columns: int) -> Tensor:
+    """Integers of so many bits, uint8 `[O, I]`, as the bytes of words, the first field lowest."""
+    per_byte = 8 // bits
+    fields = q_OI.unflatten(
+        1, (-1, columns // per_byte, per_byte, WORDS)
+    )  # block, byte, field, word
+    byte: Tensor = fields[:, :, :, 0].clone()
+    for j in range(1, per_byte):
+        byte |= fields[:, :, :, j] << (bits * j)
+    return byte.transpose(2, 3).flatten(1).contiguous()
+
+
+def _beside(
+    split: dict[str, Tensor], first: str, second: str, count: int, both: torch.dtype
+) -> Tensor:
+    """One plane of so many numbers a row, or two in one number, the first in the low bits."""
+    one = _padded(split[first].flatten(1), count)
     if second not in split:
-        return split[first].flatten(1).contiguous()
-    pairs = torch.stack((split[first].flatten(1), split[second].flatten(1)), dim=-1)
+        return one.contiguous()
+    pairs = torch.stack((one, _padded(split[second].flatten(1), count)), dim=-1)
     return pairs.view(both).squeeze(-1)
 
 

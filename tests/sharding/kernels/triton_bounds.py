@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from sharding.kernels.planes import PLANES
-from sharding.kernels.triton_matmul import FINE_TOKENS, MATVEC_TOKENS
+from sharding.kernels.triton_matmul import FEW_TOKENS
 from sharding.kernels.triton_weights import Part
 from sharding.model.attention import Rows
 from sharding.model.kv_cache import LayerPages
@@ -20,7 +19,6 @@ from tests.sharding.kernels.bounds import TINY, ExactWeight, U, gamma
 
 U16 = 2.0**-11  # unit roundoff of FP16
 HALF_TINY = 2.0**-25  # what rounding to a subnormal FP16 may lose
-LANES = 128
 
 
 def matmul(
@@ -33,18 +31,20 @@ def matmul(
     x, cols = x_TI.double(), x_TI.shape[1]
     residual = torch.zeros(1) if residual_TO is None else residual_TO.double()
     truth_TO = x @ weight.values_OI.T + residual
-    size_TO = residual.abs() + x.abs() @ weight.size_OI.T
-    if len(x_TI) <= MATVEC_TOKENS:
-        planes = PLANES[weight.name]
-        words = planes.padded(cols) // planes.columns
-        roundings = planes.columns + 5 + -(-words // LANES) + LANES
-        lost = cols * weight.scale_most * 2.0**-120 + (cols + 1) * TINY
-        return truth_TO, gamma(roundings) * size_TO + lost
-    if len(x_TI) <= FINE_TOKENS:
-        # Both factors are two TF32 numbers of 11 bits; the product of the lower two is left out.
-        return truth_TO, (2.0**-19 + gamma(2 * 3 * cols + 4)) * size_TO + cols * 2.0**-120
-    # Halves, scaled by powers of two that bring the largest of a row, of the weight, below 2^14.
+    # Activations are scaled by powers of two that bring the largest of a row below 2^14.
     unit_T1 = x.abs().amax(-1, keepdim=True) * 2.0**-13
+    if len(x_TI) <= FEW_TOKENS:
+        planes = part.planes
+        groups = planes.padded(cols) // planes.group
+        dx = 2.0**-22 * x.abs() + HALF_TINY * unit_T1
+        if planes.quantised:
+            dw, chain = 0 * weight.size_OI, 3 * planes.group + 4 * groups
+        else:
+            dw, chain = 2.0**-22 * weight.size_OI + HALF_TINY * part.headroom, 4 * cols
+        off_TO = x.abs() @ dw.T + dx @ (weight.size_OI + dw).T
+        summed_TO = (x.abs() + dx) @ (weight.size_OI + dw).T + residual.abs()
+        return truth_TO, off_TO + gamma(chain + groups + 6) * summed_TO + cols * TINY
+    # Weights are scaled likewise, and both are halves.
     dx = U16 * x.abs() + HALF_TINY * unit_T1
     dw = (U16 + 2 * U) * weight.size_OI + HALF_TINY * part.headroom
     off_TO = x.abs() @ dw.T + dx @ (weight.size_OI + dw).T
