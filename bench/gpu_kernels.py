@@ -78,6 +78,11 @@ class Cases:
                 yield from self._products(format, shape)
         for heads in self._sizes.heads:
             yield from self._attention(heads)
+        for tokens in (1, self._sizes.chunk):
+            yield from self._rows(tokens)
+        scaled_V = torch.randn(self._sizes.shapes[-1][0], device=self._device).double()
+        draw = partial(self._kernels.gumbel_argmax, scaled_V, 1, 2)
+        yield Case(f"draw of {len(scaled_V)}", draw, scaled_V.nbytes)
 
     def _products(self, format: str, shape: Shape) -> Iterator[Case]:
         kernels, (rows, cols) = self._kernels, shape
@@ -108,6 +113,29 @@ class Cases:
                 4 * queries * dim * seen,
                 self._library_attention(heads, tokens) if tokens == 1 else None,
             )
+
+    def _rows(self, tokens: int) -> Iterator[Case]:
+        """What a block does a row at a time; bytes are those read and written."""
+        kernels, heads = self._kernels, self._sizes.heads[0]
+        (width, _), (queries, groups, dim) = self._sizes.shapes[0], heads
+        x_TI = torch.randn(tokens, width, device=self._device)
+        scale_I = torch.randn(width, device=self._device)
+        norm = partial(kernels.rms_norm, x_TI, scale_I, 1e-5)
+        yield Case(f"rms_norm {width} T{tokens}", norm, 2 * x_TI.nbytes)
+        gate_up = torch.randn(tokens, 2 * width, device=self._device)
+        gate = partial(kernels.gated_silu, gate_up)
+        yield Case(f"gated_silu {width} T{tokens}", gate, gate_up.nbytes * 3 // 2)
+        pages = self._on_device(filled_layers(1, heads, tokens)[0])
+        index = one_request(heads, 0, tokens).to(self._device)
+        qkv_TX = torch.randn(tokens, (queries + 2 * groups) * dim, device=self._device)
+        written = tokens * dim * (4 * queries + 2 * 2 * groups)
+        turn = partial(kernels.rotate_and_store, qkv_TX, index, pages)
+        yield Case(f"rotate_and_store T{tokens}", turn, qkv_TX.nbytes + written)
+        weight = kernels.pack(raw_file("Q4_K", self._sizes.shapes[0]), ["w"])
+        ids_T = torch.randint(0, weight.rows, (tokens,), device=self._device)
+        read = weight.n_bytes // weight.rows * tokens
+        embed = partial(kernels.embed, weight, ids_T)
+        yield Case(f"embed Q4_K T{tokens}", embed, read + 4 * weight.cols * tokens)
 
     def _library_attention(self, heads: Heads, tokens: int) -> Callable[[], object]:
         queries, groups, dim = heads
