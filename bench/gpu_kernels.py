@@ -5,7 +5,8 @@
 
 Figures of a row, from median times (Triton's `do_bench`, which empties the cache in between):
 
-    us               of one call, launches included
+    us               of one call on the device; what the host does before it is mostly hidden
+                     behind the emptying of the cache
     gb_s, of_copy    bytes that must be read (planes, KV, activations) and their share of what
                      copying memory reaches, counted as read and written
     tflop_s, of_gemm two for each multiplication and addition, and their share of torch's bf16 GEMM
@@ -16,6 +17,7 @@ Figures of a row, from median times (Triton's `do_bench`, which empties the cach
 
 from __future__ import annotations
 
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -34,7 +36,7 @@ from sharding.model.kv_cache import LayerPages
 
 FORMATS = ("Q4_K", "Q6_K", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_K", "F16")
 SHAPES: tuple[Shape, ...] = ((4096, 4096), (11008, 4096), (4096, 11008), (32000, 4096))
-HEADS: tuple[Heads, ...] = ((32, 32, 128), (32, 8, 128))
+HEADS: tuple[Heads, ...] = ((32, 32, 128), (32, 8, 128), (4, 1, 256))
 DEPTH, CHUNK = 65536, 4096
 
 
@@ -60,7 +62,7 @@ class Sizes:
 
 
 REAL = Sizes(SHAPES, HEADS, DEPTH, CHUNK)
-TINY = Sizes(((64, 512),), ((4, 2, 64),), 300, 40)
+TINY = Sizes(((64, 512),), ((4, 2, 64),), 300, 70)
 
 
 class Cases:
@@ -100,7 +102,7 @@ class Cases:
 
     def _attention(self, heads: Heads) -> Iterator[Case]:
         queries, groups, dim = heads
-        for tokens in (1, self._sizes.chunk):
+        for tokens in (1, 16, 64, self._sizes.chunk):
             depth = self._sizes.depth - tokens
             pages = self._on_device(filled_layers(1, heads, self._sizes.depth)[0])
             index = one_request(heads, depth, tokens).to(self._device)
@@ -205,8 +207,16 @@ def describe_gpu(device: torch.device) -> dict[str, str]:
     return about | {
         "gpu": torch.cuda.get_device_name(device),
         "cuda": str(torch.version.cuda),
-        "driver": str(torch.cuda.driver_version()) if hasattr(torch.cuda, "driver_version") else "",
+        "driver": _driver(),
     }
+
+
+def _driver() -> str:
+    ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(ask, check=True, capture_output=True, text=True).stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return "unknown"
 
 
 def main(

@@ -35,8 +35,9 @@ from sharding.kernels.planes import FLOAT_COLUMNS, PLANES, WORDS, Planes
 Constants = dict[str, int | bool | str]
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _FLOATS = {"eps", "scale", "factor"}
-# Integers that are multiples of 16 in every model of any size; Triton compiles for that.
-_EVEN = {"cols", "padded", "rows", "cut_stride", "width", "y_cols", "kv_heads"}
+# Integers that are multiples of 16 in models of any size; Triton compiles for that. It also makes a
+# constant of an integer that is 1.
+_EVEN = {"cols", "padded", "rows", "cut_stride", "width", "y_cols"}
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,9 @@ def products() -> Iterator[Kernel]:
                 constants = size | {"EXACT": planes.kind == "f16"}
                 weights = tiles.rows * FLOAT_COLUMNS
                 function = triton_matmul._few_floats
-            yield Kernel(f"few {name} T{tokens}", function, dict(pointers), constants, 4, weights)
+            yield Kernel(
+                f"few {name} T{tokens}", function, dict(pointers), constants, tiles.warps, weights
+            )
         if planes.quantised:
             constants = {"GATHER": False, "ROWS": tiles.spread_rows, **_format(planes)}
             weights = tiles.spread_rows * WORDS * planes.columns
@@ -150,15 +153,15 @@ def attentions() -> Iterator[Kernel]:
             head | constants,
             tiles.warps,
         )
-        yield Kernel(
-            f"merge D{dim}", triton_attention._merge, pointers, head | {"ROWS": 16, "PARTS": 32}
-        )
+        yield Kernel(f"merge D{dim}", triton_attention._merge, pointers, head | {"PARTS": 32})
 
 
 def rows() -> Iterator[Kernel]:
     """The kernels that take a row at a time."""
     x, y = {"x": "fp32"}, {"y": "fp32"}
     yield Kernel("rms_norm", triton_rows._rms_norm, x | y | {"scale": "fp32"}, {"WIDTH": 4096})
+    of_one: Constants = {"WIDTH": 16, "width": 1}
+    yield Kernel("rms_norm of one", triton_rows._rms_norm, x | y | {"scale": "fp32"}, of_one)
     yield Kernel("gated_silu", triton_rows._gated_silu, {"gate_up": "fp32"} | y, {"WIDTH": 2048})
     for adjacent in (False, True):
         yield Kernel(

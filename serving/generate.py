@@ -39,7 +39,8 @@ class LocalModel:
             raise ConfigError(f"--threads {threads} exceeds the {cores} cores of this process")
         self.threads = threads or cores
         free = int(free_bytes(wanted.kernels) * _MEMORY_SHARE) // stages
-        devices = [Device(f"cpu, part {number}", free) for number in range(stages)]
+        where = "gpu" if wanted.kernels == "triton" else "cpu"
+        devices = [Device(f"{where}, part {number}", free) for number in range(stages)]
         with GGUFFile.open(path) as file:
             planned = plan_model(file, devices, wanted)
             self.vocab = read_shape(file.metadata).vocab

@@ -79,9 +79,21 @@ class TritonKernels:
             self.device, triton_matmul.INTERPRETED if slow else triton_matmul.Tiles()
         )
         self._tiles = triton_attention.INTERPRETED if slow else triton_attention.Tiles()
+        self._try()
         # The batch at work and how its attention is cut: layers ask for the same one by one.
         self._index: BatchIndex | None = None
         self._works: dict[tuple[int, int, int], triton_attention.Work] = {}
+
+    def _try(self) -> None:
+        """Launch a kernel: Triton builds its launcher with the machine's C compiler when the first
+        one starts, and that had better be now. Raises `ConfigError` with what is missing."""
+        try:
+            row_TI = torch.ones(1, 32, device=self.device)
+            float(self.rms_norm(row_TI, row_TI[0], 0.0).sum())
+        except Exception as error:  # whatever a compiler, a driver or a linker raises
+            raise ConfigError(
+                f"--kernels triton: no kernel runs here: {type(error).__name__}: {error}"
+            ) from error
 
     def pack(self, file: GGUFFile, names: Sequence[str]) -> Weight:
         """Split into planes on the device."""

@@ -71,12 +71,12 @@ INTERPRETED = Tiles(fine_slots=256, rows=64, slots=256)
 
 @triton.jit
 def _attend(
-    q, keys, values, y, partials, items, tables, heads, kv_heads, window, scale,
+    q, keys, values, y, partials, items, tables, heads, kv_heads, window, part_rows, scale,
     DIM: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
     FINE: tl.constexpr,
 ):  # fmt: skip
     """One item and kv head. Chunks go to `y`; fine parts to `partials`, as
-    `[part, G, ROWS, DIM + 2]`: the mix of values, the largest score and the sum of weights."""
+    `[part, G, part_rows, DIM + 2]`: the mix of values, the largest score and the sum of weights."""
     item = items + tl.program_id(0) * 8
     first, position, table = tl.load(item), tl.load(item + 1), tl.load(item + 2)
     row_start, row_stop = tl.load(item + 3), tl.load(item + 4)
@@ -134,7 +134,7 @@ def _attend(
             mixed_RD = tl.dot(lower_RN, v_ND, mixed_RD)
         most_R = higher_R
     if FINE:
-        part = (tl.load(item + 7) * kv_heads + kv_head) * ROWS + tl.arange(0, ROWS)
+        part = (tl.load(item + 7) * kv_heads + kv_head) * part_rows + tl.arange(0, ROWS)
         to = partials + part.to(tl.int64) * (DIM + 2)
         tl.store(to[:, None] + d[None, :], mixed_RD, mask=inside)
         tl.store(to + DIM, most_R, mask=row_R < row_stop)
@@ -146,7 +146,7 @@ def _attend(
 
 @triton.jit
 def _merge(
-    partials, y, rows, heads, kv_heads, DIM: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr,
+    partials, y, rows, heads, kv_heads, part_rows, DIM: tl.constexpr, DIMS: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
     """A row's parts, in order. `rows`: where it goes as (token, row of its segment, first part,
@@ -160,7 +160,7 @@ def _merge(
     most = tl.full([PARTS], float("-inf"), tl.float32)
     for begin in range(0, parts, PARTS):
         part_P = begin + tl.arange(0, PARTS)
-        at = (((first + part_P) * kv_heads + kv_head) * ROWS + own).to(tl.int64) * (DIM + 2)
+        at = (((first + part_P) * kv_heads + kv_head) * part_rows + own).to(tl.int64) * (DIM + 2)
         part_most = tl.load(partials + at + DIM, mask=part_P < parts, other=float("-inf"))
         most = tl.maximum(most, part_most)
     highest = tl.max(most, axis=0)
@@ -168,7 +168,7 @@ def _merge(
     total = tl.zeros([PARTS], tl.float32)
     for begin in range(0, parts, PARTS):
         part_P = begin + tl.arange(0, PARTS)
-        at = (((first + part_P) * kv_heads + kv_head) * ROWS + own).to(tl.int64) * (DIM + 2)
+        at = (((first + part_P) * kv_heads + kv_head) * part_rows + own).to(tl.int64) * (DIM + 2)
         there = part_P < parts
         part_most = tl.load(partials + at + DIM, mask=there, other=float("-inf"))
         share_P = tl.where(there, tl.exp2(part_most - highest), 0.0)
@@ -188,7 +188,7 @@ def _merge(
 class Work:
     """What the kernels do of a batch, on the device: the same in every layer of one window.
 
-    `rows`: of the largest fine segment, as the kernel counts them.
+    `rows`: the most of a fine segment.
     """
 
     chunks: Tensor | None
@@ -224,7 +224,7 @@ def plan_work(index: BatchIndex, shared: int, window: int, row_tile: int) -> Wor
         fine=_on(device, fine),
         merged=_on(device, merged),
         parts=len(fine),
-        rows=16 if most <= 16 else FINE_ROWS,
+        rows=most,
     )
 
 
@@ -269,17 +269,18 @@ def attend(
     if work.chunks is not None:
         _attend[(len(work.chunks), kv_heads)](
             q_TX, keys, values, y_TX, y_TX, work.chunks, index.tables, heads, kv_heads, window,
-            scale, dim, dims, tiles.rows_of(dim), tiles.slots_of(dim, fine=False), False,
+            0, scale, dim, dims, tiles.rows_of(dim), tiles.slots_of(dim, fine=False), False,
             num_warps=tiles.warps,
         )  # fmt: skip
     if work.fine is not None and work.merged is not None:
         partials = q_TX.new_empty(work.parts, kv_heads, work.rows, dim + 2)
         _attend[(work.parts, kv_heads)](
             q_TX, keys, values, y_TX, partials, work.fine, index.tables, heads, kv_heads, window,
-            scale, dim, dims, work.rows, tiles.slots_of(dim, fine=True), True,
+            work.rows, scale, dim, dims, 16 if work.rows <= 16 else FINE_ROWS,
+            tiles.slots_of(dim, fine=True), True,
             num_warps=tiles.fine_warps,
         )  # fmt: skip
         _merge[(len(work.merged), kv_heads)](
-            partials, y_TX, work.merged, heads, kv_heads, dim, dims, work.rows, 32
+            partials, y_TX, work.merged, heads, kv_heads, work.rows, dim, dims, 32
         )
     return y_TX

@@ -30,6 +30,9 @@ FEW_TOKENS = 16
 WORKSPACE_BYTES = 1 << 27
 """Most bytes of expanded weights at a time."""
 
+COPIED_BYTES = 1 << 24
+"""Bytes of floats that are copied at a time."""
+
 PROGRAMS = 512
 """A matrix of few rows is cut along its columns too, into about so many programs: enough for any
 GPU to wait for memory in all of them at once. The cuts depend on the matrix alone."""
@@ -41,15 +44,20 @@ _FP16_1024 = tl.constexpr(0x6400)
 
 @dataclass(frozen=True)
 class Tiles:
-    """Rows of one program, powers of two: in `_few` and `_spread`. Columns in `_prepare`, `_halve`
-    and `_finish`."""
+    """Rows of one program, powers of two: in `_few`, with its threads in 32s, and in `_spread`.
+    Columns in `_prepare`, `_halve` and `_finish`.
 
-    rows: int = 64
+    Two times 32 threads, not four: four have other matrix instructions for many columns than for
+    few, and a token's result would depend on how many there are.
+    """
+
+    rows: int = 32
+    warps: int = 2
     spread_rows: int = 16
-    columns: int = 1024
+    columns: int = 4096
 
 
-INTERPRETED = Tiles(256, 128, 4096)
+INTERPRETED = Tiles(256, 2, 128, 4096)
 """An interpreted program costs milliseconds, however large it is."""
 
 
@@ -347,7 +355,8 @@ class Products:
         width = prepared_columns(tokens)
         prepared: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
         for part in weight.parts:
-            way = part.cols, part.planes.group
+            # Only formats with minima look at the sums.
+            way = part.cols, part.planes.group if part.planes.minimum else 32
             if way not in prepared:
                 prepared[way] = self._prepared(x_TI, width, *way)
             halves, sums, factor_T = prepared[way]
@@ -358,14 +367,14 @@ class Products:
                 _few[grid](
                     halves, sums, product, part.low, part.high, part.scales, part.units,
                     self._codes, part.rows, blocks, cuts, width, self._tiles.rows,
-                    *constants(part.planes),
+                    *constants(part.planes), num_warps=self._tiles.warps,
                 )  # fmt: skip
             else:
                 exact = part.planes.kind == "f16"
                 factor = 1.0 if exact else part.headroom
                 _few_floats[grid](
                     halves, product, part.low, part.rows, blocks, cuts, 1.0 / factor, width,
-                    self._tiles.rows, exact,
+                    self._tiles.rows, exact, num_warps=self._tiles.warps,
                 )  # fmt: skip
             self._finish(product, factor_T, factor, part.first, y_TO, residual_TO)
 
@@ -378,7 +387,7 @@ class Products:
         factor_T = x_TI.new_empty(width // 2)
         size = _columns_at_once(padded, self._tiles.columns)
         _prepare[(width // 2,)](
-            x_TI, halves, sums, factor_T, tokens, cols, padded, width, group, size
+            x_TI, halves, sums, factor_T, tokens, cols, padded, width, group, size, num_warps=8
         )
         return halves, sums, factor_T
 
@@ -403,11 +412,14 @@ class Products:
         space = torch.empty(slab, cols, dtype=torch.float16, device=x_TI.device)
         for part in weight.parts:
             for first in range(0, part.rows, slab):
-                count = min(slab, part.rows - first)
-                self._expand(part, space[:count], first, 1.0 / part.headroom)
-                product = _half_gemm(half_TI, space[:count])[None]
-                at = part.first + first
-                self._finish(product, factor_T, part.headroom, at, y_TO, residual_TO)
+                count, at = min(slab, part.rows - first), part.first + first
+                if part.planes.kind == "f16":
+                    expanded_OI, factor = part.low[first : first + count, :cols], 1.0
+                else:
+                    expanded_OI, factor = space[:count], part.headroom
+                    self._expand(part, expanded_OI, first, 1.0 / factor)
+                product = _half_gemm(half_TI, expanded_OI)[None]
+                self._finish(product, factor_T, factor, at, y_TO, residual_TO)
 
     def _finish(
         self,
@@ -450,7 +462,10 @@ def _copy(part: Part, out: Tensor, first: int, factor: float, ids: Tensor | None
     """`_expand` of floats."""
     count, cols = out.shape
     if ids is None:
-        out.copy_(part.low[first : first + count, :cols].float() * factor)
+        step = max(1, COPIED_BYTES // (4 * cols))
+        for row in range(0, count, step):
+            stop = min(count, row + step)
+            out[row:stop] = part.low[first + row : first + stop, :cols].float() * factor
         return
     own_T1 = ((ids >= first) & (ids < first + part.rows))[:, None]
     rows_TI = part.low[(ids - first).clamp(0, part.rows - 1), :cols].float()

@@ -26,7 +26,7 @@ def _rms_norm(x, scale, y, width, eps, WIDTH: tl.constexpr):
     column = tl.arange(0, WIDTH)
     inside = column < width
     x_I = tl.load(x + row + column, mask=inside, other=0.0)
-    mean = tl.div_rn(tl.sum(x_I * x_I, axis=0), width.to(tl.float32))
+    mean = tl.div_rn(tl.sum(x_I * x_I, axis=0), tl.cast(width, tl.float32))
     inverse = tl.div_rn(1.0, tl.sqrt_rn(mean + eps))
     y_I = x_I * inverse * tl.load(scale + column, mask=inside, other=0.0)
     tl.store(y + row + column, y_I, mask=inside)

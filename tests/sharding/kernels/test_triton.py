@@ -193,14 +193,13 @@ def test_what_is_not_finite_stays_in_its_row(bad: float, tokens: int) -> None:
     assert not found[tokens - 1].isfinite().any()
 
 
-@pytest.mark.skipif(
-    DEVICE.type == "cpu", reason="numpy sums a wider matrix product in another order"
-)
-@pytest.mark.parametrize("name", ["Q6_K", "Q4_1", "F16"])
+@pytest.mark.parametrize("name", ["Q6_K", "Q4_1", "F16"][: 2 if DEVICE.type == "cpu" else 3])
 def test_a_token_beside_others_is_the_token_alone(name: str) -> None:
-    """Of up to sixteen tokens each is computed as it would be alone, bit for bit."""
+    """Of up to sixteen tokens each is computed as it would be alone, bit for bit. Interpreted, with
+    sums that are exact: numpy adds up a wider matrix product in another order."""
     weight, _ = packed(name, 50, 768)
     x_TI = normal(16, 768)
+    x_TI = (x_TI * 8).round() if DEVICE.type == "cpu" else x_TI
     alone = torch.cat([matmul(x_TI[t : t + 1], weight) for t in range(16)])
     for tokens in (2, 5, 16):
         assert torch.equal(matmul(x_TI[:tokens], weight), alone[:tokens])

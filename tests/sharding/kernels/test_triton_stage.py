@@ -34,6 +34,9 @@ from tests.tiny_gguf import tiny_llama
 ON_GPU = choose_device().type == "cuda"
 TWIN = "reference" if ON_GPU else "cpu"
 TOKENS = 256 if ON_GPU else 3
+TOLD = 3
+"""Tokens that tell the tolerance: disturbed, a large model is slow."""
+
 PROMPT = 17
 SMOLLM2: dict[str, object] = {
     "layers": 30,
@@ -54,19 +57,19 @@ GEMMA: dict[str, object] = {
 
 
 class DisturbedKernels(ReferenceKernels):
-    """The slow twin, but every result is off by as much as a bound of the Triton kernels allows, up
-    or down at random. How far logits move then is how far theirs may."""
+    """The slow twin, but every result is off by a random share of what the bounds of the Triton
+    kernels allow, up or down. How far logits move then is how far theirs may."""
 
     def __init__(self, seed: int) -> None:
         self._random = torch.Generator().manual_seed(seed)
 
-    def _signs(self, like: torch.Tensor) -> torch.Tensor:
-        return torch.randint(0, 2, like.shape, generator=self._random) * 2.0 - 1.0
+    def _shares(self, like: torch.Tensor) -> torch.Tensor:
+        return torch.rand(like.shape, generator=self._random) * 2.0 - 1.0
 
     def matmul(
         self, x_TI: torch.Tensor, weight: object, residual_TO: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Off by the relative part of the bound of its way."""
+        """By the relative part of the bound of its way."""
         assert isinstance(weight, Float32Weight)
         y_TO = super().matmul(x_TI, weight, residual_TO)
         size_TO = x_TI.abs() @ weight.matrix.t().abs()
@@ -75,31 +78,31 @@ class DisturbedKernels(ReferenceKernels):
             relative = 2.0**-21 + gamma(4 * cols)
         else:
             relative = 2 * triton_bounds.U16 + gamma(2 * cols)
-        return y_TO + self._signs(y_TO) * relative * size_TO
+        return y_TO + self._shares(y_TO) * relative * size_TO
 
     def attention(
         self, q_TX: torch.Tensor, index: BatchIndex, pages: LayerPages, window: int = 0
     ) -> torch.Tensor:
-        """Off by the bound."""
+        """By the bound."""
         y_TX = super().attention(q_TX, index, pages, window)
         q_THD = q_TX.unflatten(1, (-1, pages.head_dim))
         for rows in index.rows:
             part = slice(rows.first, rows.stop)
             fine = q_THD[part].shape[0] * q_THD.shape[1] // pages.kv_heads <= FINE_ROWS
             _, bound = triton_bounds.attention(q_THD[part], rows, pages, window, fine, 4)
-            y_TX[part] += self._signs(y_TX[part]) * bound.flatten(1).float()
+            y_TX[part] += self._shares(y_TX[part]) * bound.flatten(1).float()
         return y_TX
 
     def rms_norm(self, x_TI: torch.Tensor, scale_I: torch.Tensor, eps: float) -> torch.Tensor:
-        """Off by the bound."""
+        """By the bound."""
         y_TI = super().rms_norm(x_TI, scale_I, eps)
-        return y_TI * (1 + self._signs(y_TI) * gamma(x_TI.shape[1] / 2 + 9))
+        return y_TI * (1 + self._shares(y_TI) * gamma(x_TI.shape[1] / 2 + 9))
 
     def gated_silu(self, gate_up_T2F: torch.Tensor) -> torch.Tensor:
-        """Off by the bound."""
+        """By the bound."""
         y_TF = super().gated_silu(gate_up_T2F)
         gate = gate_up_T2F.chunk(2, dim=-1)[0]
-        return y_TF * (1 + self._signs(y_TF) * (triton_bounds.exp_error(gate) + 4 * U))
+        return y_TF * (1 + self._shares(y_TF) * (triton_bounds.exp_error(gate) + 4 * U))
 
 
 def disturbed(file: GGUFFile, seed: int) -> list[Stage]:
@@ -156,11 +159,15 @@ def test_a_stage_gives_the_logits_and_the_tokens_of_the_cpu(options: dict[str, o
     cpu = load_stages(file, 1, kernels=TWIN)
     answer, expected = greedy(cpu, prompt, TOKENS)
     found = run(load_stages(file, 1, kernels="triton"), prompt, answer[:-1])
-    moved = [run(disturbed(file, seed), prompt, answer[:-1]) - expected for seed in range(3)]
-    tolerance = max(float(off.abs().max()) for off in moved)
+    few = [run(disturbed(file, seed), prompt, answer[: TOLD - 1]) for seed in range(3)]
+    tolerance = max(float((logits - expected[:TOLD]).abs().max()) for logits in few)
     assert tolerance < float(expected.std()) / 4  # or it would allow anything
     assert float((found - expected).abs().max()) <= tolerance
-    assert found.argmax(-1).tolist() == answer
+    # The same tokens, but for ties that are closer than the tolerance.
+    chosen = expected.gather(1, found.argmax(-1, keepdim=True))
+    assert (chosen >= expected.amax(-1, keepdim=True) - 2 * tolerance).all()
+    same = sum(a == b for a, b in zip(found.argmax(-1).tolist(), answer, strict=True))
+    assert same >= 0.95 * len(answer)
 
 
 def test_two_stages_and_a_batch_of_three_chunks_and_tokens() -> None:
