@@ -191,38 +191,73 @@ def stored_half(truth: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
     return bound + 2.0**-11 * (truth.abs() + bound) + 2.0**-25
 
 
-def attention(
-    q_THD: torch.Tensor, rows: Rows, pages: LayerPages, window: int = 0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One segment's attention `[T, H, D]`; keys and values are those stored."""
-    tokens, heads, dim = q_THD.shape
+@dataclass(frozen=True)
+class ExactAttention:
+    """One segment's attention in float64, of the keys and values that are stored: queries
+    `[T, G, S, D]`, keys `[G, D, N]`, values `[G, N, D]`; scores, weights `p` and what is hidden
+    `[T, G, S, N]`."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    scores: torch.Tensor
+    hidden: torch.Tensor
+    p: torch.Tensor
+
+    def score_sizes(self) -> torch.Tensor:
+        """The sums of absolute values that scores are sums of."""
+        return torch.einsum("tgsd,gdn->tgsn", self.q.abs(), self.k.abs())
+
+    def fall(self, score_error: torch.Tensor) -> torch.Tensor:
+        """How far a score may lie below the largest, as computed; 0 where hidden."""
+        off = 2 * score_error.amax(-1, keepdim=True)
+        most = self.scores.amax(-1, keepdim=True)
+        return (most - self.scores + off).masked_fill(self.hidden, 0.0)
+
+    def mixed(
+        self, weight_error: torch.Tensor, adding: float, lost: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The mix of values, `[T, H, D]`, and its bound: weights off by `weight_error`, sums by
+        `adding`, both relative, and `lost` beside."""
+        pa = self.p * ((1 + weight_error) * (1 + adding) - 1)
+        mixed = torch.einsum("tgsn,gnd->tgsd", self.p, self.v)
+        total_error = pa.sum(-1, keepdim=True)
+        spread = torch.einsum("tgsn,gnd->tgsd", pa, self.v.abs()) + mixed.abs() * total_error
+        bound = spread / (1 - total_error) * (1 + U) + U * mixed.abs() + lost
+        return mixed.flatten(1, 2), bound.flatten(1, 2)
+
+
+def exact_attention(
+    q_THD: torch.Tensor, rows: Rows, pages: LayerPages, window: int
+) -> ExactAttention:
+    """Of a segment's queries `[T, H, D]`."""
+    tokens, _, dim = q_THD.shape
     length = rows.position + tokens
     k_GDN, v_GND = (part.double() for part in pages.gather(rows.pages, 0, _whole(length), length))
     k_GDN, v_GND = k_GDN[..., :length], v_GND[:, :length]
     q_TGSD = q_THD.double().unflatten(1, (pages.kv_heads, -1)) / dim**0.5
-    scores = torch.einsum("tgsd,gdn->tgsn", q_TGSD, k_GDN)
-    score_error = gamma(dim + 4) * torch.einsum("tgsd,gdn->tgsn", q_TGSD.abs(), k_GDN.abs())
     last_T1 = torch.arange(rows.position, length)[:, None]
     slots = torch.arange(length)
     hidden_TN = (slots > last_T1) | ((slots <= last_T1 - window) if window else slots < 0)
     hidden = hidden_TN[:, None, None, :]
-    scores = scores.masked_fill(hidden, -torch.inf)
-    most = scores.amax(-1, keepdim=True)
-    p = torch.exp(scores - most)
-    p = p / p.sum(-1, keepdim=True)
+    scores = torch.einsum("tgsd,gdn->tgsn", q_TGSD, k_GDN).masked_fill(hidden, -torch.inf)
+    p = torch.exp(scores - scores.amax(-1, keepdim=True))
+    return ExactAttention(q_TGSD, k_GDN, v_GND, scores, hidden, p / p.sum(-1, keepdim=True))
+
+
+def attention(
+    q_THD: torch.Tensor, rows: Rows, pages: LayerPages, window: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One segment's attention `[T, H, D]`; keys and values are those stored."""
+    exact = exact_attention(q_THD, rows, pages, window)
+    dim, length = q_THD.shape[-1], rows.position + len(q_THD)
+    score_error = gamma(dim + 4) * exact.score_sizes()
     seen = min(length, window or length)
     blocks = -(-seen // KV_BLOCK) + 1
     # What a weight is off by: its score, the rounding of what e is raised to, and every e^x.
-    fall = (most - scores + 2 * score_error.amax(-1, keepdim=True)).masked_fill(hidden, 0.0)
-    weight_error = torch.expm1(score_error + U * fall + (blocks + 1) * EXP_ERROR)
+    weight_error = torch.expm1(score_error + U * exact.fall(score_error) + (blocks + 1) * EXP_ERROR)
     adding = gamma(min(seen, KV_BLOCK) + 5 + 2 * blocks)
-    pa = p * ((1 + weight_error) * (1 + adding) - 1)
-    mixed = torch.einsum("tgsn,gnd->tgsd", p, v_GND)
-    total_error = pa.sum(-1, keepdim=True)
-    spread = torch.einsum("tgsn,gnd->tgsd", pa, v_GND.abs()) + mixed.abs() * total_error
-    lost = length * 2.0**-147 * (v_GND.abs().max() + 1)
-    bound = spread / (1 - total_error) * (1 + U) + U * mixed.abs() + lost
-    return mixed.flatten(1, 2), bound.flatten(1, 2)
+    return exact.mixed(weight_error, adding, length * 2.0**-147 * (exact.v.abs().max() + 1))
 
 
 def _whole(length: int) -> int:

@@ -74,35 +74,14 @@ def attention(
     q_THD: torch.Tensor, rows: Rows, pages: LayerPages, window: int, fine: bool, steps: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One segment's attention `[T, H, D]`, in so many steps of slots (parts count as steps)."""
-    tokens, _, dim = q_THD.shape
-    length = rows.position + tokens
-    k_GDN, v_GND = (
-        part.double() for part in pages.gather(rows.pages, 0, bounds._whole(length), length)
-    )
-    k_GDN, v_GND = k_GDN[..., :length], v_GND[:, :length]
-    q_TGSD = q_THD.double().unflatten(1, (pages.kv_heads, -1)) / dim**0.5
-    scores = torch.einsum("tgsd,gdn->tgsn", q_TGSD, k_GDN)
+    exact = bounds.exact_attention(q_THD, rows, pages, window)
+    dim, length = q_THD.shape[-1], rows.position + len(q_THD)
     # Queries are halves, or two of them; each adds to a sum of D products.
     halves, rounding = (2, 2.0**-22) if fine else (1, U16)
-    sizes = torch.einsum("tgsd,gdn->tgsn", q_TGSD.abs(), k_GDN.abs())
-    off = (rounding + gamma(2 * halves * dim + 4)) * sizes
-    off = off + dim * HALF_TINY * float(k_GDN.abs().max())
-    last_T1 = torch.arange(rows.position, length)[:, None]
-    slots = torch.arange(length)
-    hidden_TN = (slots > last_T1) | ((slots <= last_T1 - window) if window else slots < 0)
-    hidden = hidden_TN[:, None, None, :]
-    scores = scores.masked_fill(hidden, -torch.inf)
-    most = scores.amax(-1, keepdim=True)
-    p = torch.exp(scores - most)
-    p = p / p.sum(-1, keepdim=True)
+    off = (rounding + gamma(2 * halves * dim + 4)) * exact.score_sizes()
+    off = off + dim * HALF_TINY * float(exact.k.abs().max())
     # What a weight is off by: its score, the roundings of what 2 is raised to, every 2^x, its half.
-    fall = (most - scores + 2 * off.amax(-1, keepdim=True)).masked_fill(hidden, 0.0) + 14
+    fall = exact.fall(off) + 14
     weight_error = torch.expm1(off + 4 * U * fall + (steps + 2) * 4 * U + rounding)
     adding = gamma(2 * halves * min(length, window or length) + 4 * steps + 8)
-    pa = p * ((1 + weight_error) * (1 + adding) - 1)
-    mixed = torch.einsum("tgsn,gnd->tgsd", p, v_GND)
-    total_error = pa.sum(-1, keepdim=True)
-    spread = torch.einsum("tgsn,gnd->tgsd", pa, v_GND.abs()) + mixed.abs() * total_error
-    lost = length * 2.0**-38 * (v_GND.abs().max() + 1)
-    bound = spread / (1 - total_error) * (1 + U) + U * mixed.abs() + lost
-    return mixed.flatten(1, 2), bound.flatten(1, 2)
+    return exact.mixed(weight_error, adding, length * 2.0**-38 * (exact.v.abs().max() + 1))
