@@ -32,14 +32,15 @@ SANITIZE := address,undefined,float-cast-overflow
 SANITIZE_CXXFLAGS := -O1 -fsanitize=$(SANITIZE) -fno-sanitize=null,object-size,vptr \
     -fno-sanitize-recover=undefined,float-cast-overflow
 
-sanitize: $(VENV)/.test  ## run the kernels' tests under AddressSanitizer and UBSan (10 minutes)
+sanitize: $(VENV)/.test  ## run the CPU kernels' tests under AddressSanitizer and UBSan (10 minutes)
 	@rm -rf build/sanitize
 	@LONGSPAN_CXXFLAGS='$(SANITIZE_CXXFLAGS)' $(BIN)/python setup.py --quiet build_ext \
 	    --build-lib build/sanitize --build-temp build/sanitize-temp
 	@LONGSPAN_CPU_MODULE="$$(ls build/sanitize/sharding/kernels/_cpu*.so)" \
 	    LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	    $(BIN)/python -m pytest --capture=sys tests/sharding/kernels
+	    $(BIN)/python -m pytest --capture=sys tests/sharding/kernels/test_bounds.py \
+	        $(wildcard tests/sharding/kernels/test_cpu_*.py)
 
 # Another Python than .venv's, say with a torch built for CUDA: `make gpu-test GPU_PYTHON=python3`.
 GPU_PYTHON ?= $(BIN)/python
