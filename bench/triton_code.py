@@ -29,7 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from bench.report import Report
-from sharding.kernels import triton_attention, triton_matmul, triton_rows
+from sharding.kernels import triton_attention, triton_matmul, triton_products, triton_rows
 from sharding.kernels.planes import FLOAT_COLUMNS, PLANES, WORDS, Planes
 
 Constants = dict[str, int | bool | str]
@@ -73,14 +73,14 @@ class Kernel:
 
 def products() -> Iterator[Kernel]:
     """The ways of a product, in every format."""
-    tiles = triton_matmul.Tiles()
+    tiles = triton_products.Tiles()
     pointers = {"halves": "fp16", "sums": "fp32", "y": "fp32", "codes": "i8", "ids": "i64"}
     pointers |= {"out": "fp16"}
     names = {"f32": "fp32", "f16": "fp16", "bf16": "bf16"}
     for name, planes in PLANES.items():
         for tokens in (1, 16):
             size: Constants = {
-                "N": triton_matmul.prepared_columns(tokens), "ROWS": tiles.rows,
+                "N": triton_products.prepared_columns(tokens), "ROWS": tiles.rows,
             }  # fmt: skip
             if planes.quantised:
                 pointers |= {
@@ -110,7 +110,7 @@ def products() -> Iterator[Kernel]:
 
 def _format(planes: Planes) -> Constants:
     keys = ("COLUMNS", "LOW", "HIGH", "OFFSET", "GROUP", "UNIT", "SCALED", "MINIMUM", "CODED")
-    return dict(zip(keys, triton_matmul.constants(planes), strict=True))
+    return dict(zip(keys, triton_products.constants(planes), strict=True))
 
 
 def attentions() -> Iterator[Kernel]:
@@ -183,7 +183,7 @@ def rows() -> Iterator[Kernel]:
         "prepare",
         triton_matmul._prepare,
         x | {"halves": "fp16", "sums": "fp32", "factors": "fp32"},
-        {"N": 8, "GROUP": 32, "COLUMNS": triton_matmul.Tiles().columns},
+        {"N": 8, "GROUP": 32, "COLUMNS": triton_products.Tiles().columns},
     )
     halves = {"out": "fp16", "factors": "fp32"}
     yield Kernel("halve", triton_matmul._halve, x | halves, {"COLUMNS": 1024})

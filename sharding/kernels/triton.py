@@ -10,6 +10,7 @@ Not here: the arithmetic (`triton_matmul.py`, `triton_attention.py`, `triton_row
 from __future__ import annotations
 
 from collections.abc import Sequence
+from subprocess import SubprocessError
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,13 +21,14 @@ from sharding.kernels.planes import PLANES
 
 try:
     import triton
+    from triton.errors import TritonError
 except ImportError as missing:
     raise ConfigError(
         f"--kernels triton: {missing}; Triton comes with a torch built for CUDA, or as the package "
         "`triton` (Linux only)"
     ) from missing
 
-from sharding.kernels import triton_attention, triton_matmul, triton_rows
+from sharding.kernels import triton_attention, triton_products, triton_rows
 from sharding.kernels.triton_weights import PlanesWeight, pack
 
 if TYPE_CHECKING:
@@ -75,8 +77,8 @@ class TritonKernels:
     def __init__(self) -> None:
         self.device = choose_device()
         slow = interpreted()
-        self._products = triton_matmul.Products(
-            self.device, triton_matmul.INTERPRETED if slow else triton_matmul.Tiles()
+        self._products = triton_products.Products(
+            self.device, triton_products.INTERPRETED if slow else triton_products.Tiles()
         )
         self._tiles = triton_attention.INTERPRETED if slow else triton_attention.Tiles()
         self._try()
@@ -90,7 +92,8 @@ class TritonKernels:
         try:
             row_TI = torch.ones(1, 32, device=self.device)
             float(self.rms_norm(row_TI, row_TI[0], 0.0).sum())
-        except Exception as error:  # whatever a compiler, a driver or a linker raises
+        except (RuntimeError, OSError, AssertionError, SubprocessError, TritonError) as error:
+            # What a missing compiler, header or driver library raises, and Triton's own.
             raise ConfigError(
                 f"--kernels triton: no kernel runs here: {type(error).__name__}: {error}"
             ) from error
@@ -114,7 +117,7 @@ class TritonKernels:
     def matmul(
         self, x_TI: torch.Tensor, weight: Weight, residual_TO: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """By the number of tokens: see `triton_matmul.py`."""
+        """By the number of tokens: see `triton_products.py`."""
         assert x_TI.is_contiguous() and x_TI.shape[1] == weight.cols, x_TI.shape
         if residual_TO is not None:
             assert residual_TO.is_contiguous(), residual_TO.stride()

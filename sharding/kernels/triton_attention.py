@@ -70,6 +70,32 @@ INTERPRETED = Tiles(fine_slots=256, rows=64, slots=256)
 
 
 @triton.jit
+def _split(values):
+    """Two FP16 numbers for each float32, which are their sum but for 2^-22 of it."""
+    upper = values.to(tl.float16)
+    return upper, (values - upper.to(tl.float32)).to(tl.float16)
+
+
+@triton.jit
+def _seen(score_RN, slot_N, last_R, stop, window):
+    """Scores; those of slots that a row does not see are -inf."""
+    seen = (slot_N[None, :] <= last_R[:, None]) & (slot_N < stop)[None, :]
+    if window > 0:
+        seen = seen & (slot_N[None, :] > last_R[:, None] - window)
+    return tl.where(seen, score_RN, float("-inf"))
+
+
+@triton.jit
+def _weigh(score_RN, most_R):
+    """The largest scores so far, the slots' weights, and what former sums shrink by."""
+    higher_R = tl.maximum(most_R, tl.max(score_RN, axis=1))
+    # A row that has seen nothing yet has no largest score to subtract.
+    shift_R = tl.where(higher_R == float("-inf"), 0.0, higher_R) - _RAISED
+    weight_RN = tl.exp2(score_RN - shift_R[:, None])
+    return higher_R, weight_RN, tl.exp2(most_R - _RAISED - shift_R)
+
+
+@triton.jit
 def _attend(
     q, keys, values, y, partials, items, tables, heads, kv_heads, window, part_rows, scale,
     DIM: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
@@ -90,8 +116,7 @@ def _attend(
     head_R = kv_head * shared + row_R % shared
     at = ((first + row_R // shared).to(tl.int64) * heads + head_R) * DIM
     q_RD = tl.load(q + at[:, None] + d[None, :], mask=inside, other=0.0) * scale
-    upper_RD = q_RD.to(tl.float16)
-    lower_RD = (q_RD - upper_RD.to(tl.float32)).to(tl.float16)
+    upper_RD, lower_RD = _split(q_RD)
     most_R = tl.full([ROWS], float("-inf"), tl.float32)
     total_R = tl.zeros([ROWS], tl.float32)
     mixed_RD = tl.zeros([ROWS, DIMS], tl.float32)
@@ -110,15 +135,8 @@ def _attend(
         score_RN = tl.dot(upper_RD, k_DN)
         if FINE:
             score_RN = tl.dot(lower_RD, k_DN, score_RN)
-        seen = (slot_N[None, :] <= last_R[:, None]) & (slot_N < stop)[None, :]
-        if window > 0:
-            seen = seen & (slot_N[None, :] > last_R[:, None] - window)
-        score_RN = tl.where(seen, score_RN, float("-inf"))
-        higher_R = tl.maximum(most_R, tl.max(score_RN, axis=1))
-        # A row that has seen nothing yet has no largest score to subtract.
-        shift_R = tl.where(higher_R == float("-inf"), 0.0, higher_R) - _RAISED
-        weight_RN = tl.exp2(score_RN - shift_R[:, None])
-        shrink_R = tl.exp2(most_R - _RAISED - shift_R)
+        score_RN = _seen(score_RN, slot_N, last_R, stop, window)
+        most_R, weight_RN, shrink_R = _weigh(score_RN, most_R)
         total_R = total_R * shrink_R + tl.sum(weight_RN, axis=1)
         mixed_RD *= shrink_R[:, None]
         # What a former request left beyond the item's slots may be infinite: 0 times that is NaN.
@@ -127,12 +145,10 @@ def _attend(
             mask=(slot_N < stop)[:, None] & (d < DIM)[None, :],
             other=0.0,
         )
-        upper_RN = weight_RN.to(tl.float16)
+        upper_RN, lower_RN = _split(weight_RN)
         mixed_RD = tl.dot(upper_RN, v_ND, mixed_RD)
         if FINE:
-            lower_RN = (weight_RN - upper_RN.to(tl.float32)).to(tl.float16)
             mixed_RD = tl.dot(lower_RN, v_ND, mixed_RD)
-        most_R = higher_R
     if FINE:
         part = (tl.load(item + 7) * kv_heads + kv_head) * part_rows + tl.arange(0, ROWS)
         to = partials + part.to(tl.int64) * (DIM + 2)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from sharding.kernels.triton_matmul import FEW_TOKENS
+from sharding.kernels.triton_products import FEW_TOKENS
 from sharding.kernels.triton_weights import Part
 from sharding.model.attention import Rows
 from sharding.model.kv_cache import LayerPages
