@@ -77,6 +77,12 @@ def _split(values):
 
 
 @triton.jit
+def _page(table, slot_N, there_N):
+    """Each slot's page and its place in that."""
+    return tl.load(table + slot_N // _PAGE, mask=there_N, other=0), slot_N % _PAGE
+
+
+@triton.jit
 def _seen(score_RN, slot_N, last_R, stop, window):
     """Scores; those of slots that a row does not see are -inf."""
     seen = (slot_N[None, :] <= last_R[:, None]) & (slot_N < stop)[None, :]
@@ -113,8 +119,8 @@ def _attend(
     d = tl.arange(0, DIMS)
     last_R = position + row_R // shared
     inside = (row_R < row_stop)[:, None] & (d < DIM)[None, :]
-    head_R = kv_head * shared + row_R % shared
-    at = ((first + row_R // shared).to(tl.int64) * heads + head_R) * DIM
+    token_R = (first + row_R // shared).to(tl.int64)
+    at = (token_R * heads + kv_head * shared + row_R % shared) * DIM
     q_RD = tl.load(q + at[:, None] + d[None, :], mask=inside, other=0.0) * scale
     upper_RD, lower_RD = _split(q_RD)
     most_R = tl.full([ROWS], float("-inf"), tl.float32)
@@ -124,14 +130,10 @@ def _attend(
         slot_N = begin + tl.arange(0, SLOTS)
         # Keys by whole pages: a mask by slots would make loads of two bytes.
         there_N = slot_N // _PAGE * _PAGE < stop
-        page_N = tl.load(tables + table + slot_N // _PAGE, mask=there_N, other=0)
+        page_N, within_N = _page(tables + table, slot_N, there_N)
         page_N = (page_N * kv_heads + kv_head) * (DIM * _PAGE)
-        within_N = slot_N % _PAGE
-        k_DN = tl.load(
-            keys + page_N[None, :] + d[:, None] * _PAGE + within_N[None, :],
-            mask=(d < DIM)[:, None] & there_N[None, :],
-            other=0.0,
-        )
+        key_DN = keys + page_N[None, :] + d[:, None] * _PAGE + within_N[None, :]
+        k_DN = tl.load(key_DN, mask=(d < DIM)[:, None] & there_N[None, :], other=0.0)
         score_RN = tl.dot(upper_RD, k_DN)
         if FINE:
             score_RN = tl.dot(lower_RD, k_DN, score_RN)
