@@ -127,6 +127,15 @@ def _prepare(
 
 
 @triton.jit
+def _store_cut(y, y_ON, cut, row_O, rows, N: tl.constexpr, ROWS: tl.constexpr):
+    """`y[cut, t, o]`: what the upper and the lower halves of a token's activations made."""
+    y_OT = tl.sum(tl.reshape(y_ON, [ROWS, 2, N // 2]), axis=1)
+    t = tl.arange(0, N // 2)
+    to = y + (cut * (N // 2) + t)[None, :] * rows + row_O[:, None]
+    tl.store(to, y_OT, mask=(row_O < rows)[:, None])
+
+
+@triton.jit
 def _few(
     halves, sums, y, low, high, scales, units, codes, rows, blocks, cuts, N: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
@@ -165,11 +174,7 @@ def _few(
                 y_ON += (scale_O * _unplaced(j, LOW, CODED))[:, None] * met_ON
                 if MINIMUM:
                     y_ON += minimum_O[:, None] * tl.load(sums + first // GROUP * N + n)[None, :]
-    # The upper and the lower halves meet.
-    y_OT = tl.sum(tl.reshape(y_ON, [ROWS, 2, N // 2]), axis=1)
-    t = tl.arange(0, N // 2)
-    to = y + (cut * (N // 2) + t)[None, :] * rows + row_O[:, None]
-    tl.store(to, y_OT, mask=there_O[:, None])
+    _store_cut(y, y_ON, cut, row_O, rows, N, ROWS)
 
 
 @triton.jit
@@ -196,10 +201,7 @@ def _few_floats(
             upper_OI = scaled_OI.to(tl.float16)
             y_ON = tl.dot(upper_OI, x_IN, y_ON)
             y_ON = tl.dot((scaled_OI - upper_OI.to(tl.float32)).to(tl.float16), x_IN, y_ON)
-    y_OT = tl.sum(tl.reshape(y_ON, [ROWS, 2, N // 2]), axis=1)
-    t = tl.arange(0, N // 2)
-    to = y + (cut * (N // 2) + t)[None, :] * rows + row_O[:, None]
-    tl.store(to, y_OT, mask=there_O[:, None])
+    _store_cut(y, y_ON, cut, row_O, rows, N, ROWS)
 
 
 @triton.jit
