@@ -9,21 +9,29 @@
 // cost against float32 activations (nothing, but for columns far smaller than their chunk's
 // largest), is in docs/numerics.md.
 //
+// A sum of digits does not start at 0 but at the bits of the float 1.5 * 2^23 times what a unit of
+// it is worth: as a float it then is that anchor plus s 256^j Aj, exactly, while |Aj| < 2^22. So
+// sums become floats, put together and scaled, by additions alone, which do not wait for the units
+// that multiply.
+//
 // All numbers of tokens take the same way: decoding a step is three instructions at most, which
 // hide behind the products.
 
 constexpr int STEPS = CHUNK / STEP;
 constexpr int DIGITS = 3;
 constexpr int TILE = 4;  // tokens; with 2 panels and 3 digits 24 sums of 32 registers
+constexpr float ANCHOR = 1.5f * (1 << 23);
+// Sums are kept times 2^-RAISE until they are done: the highest anchor would overflow.
+constexpr int RAISE = 20;
 
-// Activations as digits, tiles of N tokens:
+// Activations as digits, tiles of N tokens, with s times 2^-RAISE:
 //
 //     digits   [chunk][step][N] words X0 X1 X2 0 of the step's 4 columns
-//     sums     [group][N] words: -bias times the sum of each digit, and s times the sum of X
-//     scales   [chunk][N] s
+//     sums     [group][N] words: what the three sums start at, and s times the sum of X
+//     anchors  [chunk][N] three floats
 struct Prepared {
     const int32_t *digits, *sums;
-    const float* scales;
+    const float* anchors;
 
     // From one chunk to the next, in words.
     static constexpr int stride(int tokens) { return STEPS * 4 * tokens; }
@@ -47,8 +55,8 @@ inline __m512i digits_of(V x, V scale) {
     return _mm512_shuffle_epi8(_mm512_and_si512(balanced, _mm512_set1_epi32(0xffffff)), transpose);
 }
 
-// The power of two that makes the largest of a chunk fill 24 bits, and its inverse; 0 and NaN where
-// a number is not finite.
+// The power of two that makes the largest of a chunk fill 24 bits, and its inverse times 2^-RAISE; 0
+// and NaN where a number is not finite.
 struct Fixing {
     float up, down;
 };
@@ -58,14 +66,15 @@ inline Fixing fixing(V a, V b) {
         _mm512_max_epu32(_mm512_and_si512(_mm512_castps_si512(a.v), magnitude),
                          _mm512_and_si512(_mm512_castps_si512(b.v), magnitude)));
     if (largest >= 0x7f800000u) return {0.0f, bits_to_f32(0x7fc00000u)};
-    // Digits reach 0x7f7f7f: beyond it, 1.992 times a power of two, the next power. No smaller
-    // than 2^-126, so that s is a normal number.
-    const uint32_t exponent = std::max((largest + 0x10101u) >> 23, 23u);
-    return {bits_to_f32((276 - exponent) << 23), bits_to_f32((exponent - 22) << 23)};
+    // Digits reach 0x7f7f7f: beyond it, 1.992 times a power of two, the next power. So large that
+    // the inverse is a normal number.
+    const uint32_t exponent = std::max((largest + 0x10101u) >> 23, 23u + RAISE);
+    return {bits_to_f32((276 - exponent) << 23), bits_to_f32((exponent - 22 - RAISE) << 23)};
 }
 
 template <Layout F>
-inline void prepare_chunk(const float* x, int tile, int32_t* digits, int32_t* sums, float* s) {
+inline void prepare_chunk(const float* x, int tile, int32_t* digits, int32_t* sums,
+                          float* anchors) {
     const V a = load(x), b = load(x + 16);
     const Fixing fix = fixing(a, b);
     __m512i low = _mm512_setzero_si512(), high = low;
@@ -73,7 +82,8 @@ inline void prepare_chunk(const float* x, int tile, int32_t* digits, int32_t* su
         low = digits_of(a, splat(fix.up));
         high = digits_of(b, splat(fix.up));
     }
-    *s = fix.down;
+    for (int d = 0; d < DIGITS; ++d)
+        anchors[d] = ANCHOR * static_cast<float>(1 << 8 * d) * fix.down;
     const auto put = [&](int step, __m128i word) {
         _mm_storeu_si128(reinterpret_cast<__m128i*>(digits + step * 4 * tile), word);
     };
@@ -90,7 +100,8 @@ inline void prepare_chunk(const float* x, int tile, int32_t* digits, int32_t* su
         alignas(16) int32_t word[4];
         _mm_store_si128(reinterpret_cast<__m128i*>(word), quarters(of));
         const int32_t total = word[2] * 65536 + word[1] * 256 + word[0];
-        for (int d = 0; d < DIGITS; ++d) to[d] = -bias(F) * word[d];
+        for (int d = 0; d < DIGITS; ++d)
+            to[d] = static_cast<int32_t>(f32_to_bits(anchors[d])) - bias(F) * word[d];
         const float x_sum = static_cast<float>(total) * fix.down;
         std::memcpy(to + DIGITS, &x_sum, sizeof x_sum);
     };
@@ -139,17 +150,38 @@ inline __m512i load_byte_table() {
     return _mm512_loadu_si512(bytes);
 }
 
+// One token's finished group: sums of digits become floats and meet the group's scale and minimum.
+template <Layout F, int PANELS>
+inline __attribute__((always_inline)) void close_group(const uint8_t* base, int group,
+                                                       const __m512i (&a)[PANELS][DIGITS],
+                                                       const int32_t* sums, const float* anchors,
+                                                       V (&y)[PANELS]) {
+    for (int p = 0; p < PANELS; ++p) {
+        const uint8_t* unit = base + p * F.unit_bytes();
+        const auto value = [&](int d) {
+            return sub({_mm512_castsi512_ps(a[p][d])}, splat(anchors[d]));
+        };
+        const V v = add(value(2), add(value(1), value(0)));
+        y[p] = fma(scale<F>(unit, group), v, y[p]);
+        if constexpr (F.has_minimum()) {
+            float x_sum;
+            std::memcpy(&x_sum, sums + DIGITS, sizeof x_sum);
+            y[p] = fma(minimum<F>(unit, group), splat(x_sum), y[p]);
+        }
+    }
+}
+
 // The sums of PANELS x TOKENS over all columns. `cold`: the weights come from memory.
 template <Layout F, int PANELS, int TOKENS>
 __attribute__((noinline)) void stream(const uint8_t* base, size_t unit_stride, int units, bool cold,
                                       const Prepared& x, const Target& target, int token, int row) {
-    constexpr int group_steps = STEPS / F.groups;
+    constexpr int steps = STEPS / F.groups;
     const __m512i table = load_byte_table();
-    V y[PANELS][TOKENS];
-    for (int p = 0; p < PANELS; ++p)
-        for (int t = 0; t < TOKENS; ++t) y[p][t] = zero();
+    V y[TOKENS][PANELS];
+    for (int t = 0; t < TOKENS; ++t)
+        for (int p = 0; p < PANELS; ++p) y[t][p] = zero();
     const int32_t *digits = x.digits, *sums = x.sums;
-    const float* scales = x.scales;
+    const float* anchors = x.anchors;
     for (int u = 0; u < units; ++u, base += unit_stride) {
         for (int c = 0; c < F.chunks; ++c) {
             const uint8_t* chunk[PANELS];
@@ -157,50 +189,39 @@ __attribute__((noinline)) void stream(const uint8_t* base, size_t unit_stride, i
                 chunk[p] = base + p * F.unit_bytes() + c * F.chunk_bytes();
             if (cold) prefetch_share<F, PANELS>(base, c);
             unrolled<0, F.groups>([&]<int G>() __attribute__((always_inline)) {
-                __m512i a[PANELS][TOKENS][DIGITS];
-                for (int p = 0; p < PANELS; ++p)
-                    for (int t = 0; t < TOKENS; ++t)
+                __m512i a[TOKENS][PANELS][DIGITS];
+                for (int t = 0; t < TOKENS; ++t)
+                    for (int p = 0; p < PANELS; ++p)
                         for (int d = 0; d < DIGITS; ++d)
-                            a[p][t][d] = bias(F) ? _mm512_set1_epi32(sums[t * 4 + d])
-                                                 : _mm512_setzero_si512();
-                unrolled<G * group_steps, group_steps>([&]<int S>() __attribute__((always_inline)) {
+                            a[t][p][d] = _mm512_set1_epi32(sums[t * 4 + d]);
+                unrolled<G * steps, steps>([&]<int S>() __attribute__((always_inline)) {
                     __m512i w[PANELS];
                     for (int p = 0; p < PANELS; ++p) w[p] = step<F, S>(chunk[p], table);
-                    for (int t = 0; t < TOKENS; ++t)
+                    for (int t = 0; t < TOKENS; ++t) {
                         for (int d = 0; d < DIGITS; ++d) {
                             const __m512i digit =
                                 _mm512_set1_epi32(digits[(S * TOKENS + t) * 4 + d]);
                             for (int p = 0; p < PANELS; ++p)
-                                a[p][t][d] = _mm512_dpbusd_epi32(a[p][t][d], w[p], digit);
+                                a[t][p][d] = _mm512_dpbusd_epi32(a[t][p][d], w[p], digit);
                         }
+                        // Not after the other tokens' last products but between them: additions
+                        // and products run side by side, and a processor does not look far ahead.
+                        if constexpr (S == G * steps + steps - 1)
+                            close_group<F>(base, c * F.groups + G, a[t], sums + t * 4,
+                                           anchors + t * DIGITS, y[t]);
+                    }
                 });
-                for (int p = 0; p < PANELS; ++p) {
-                    const uint8_t* unit = base + p * F.unit_bytes();
-                    const V scale_R = scale<F>(unit, c * F.groups + G);
-                    for (int t = 0; t < TOKENS; ++t) {
-                        const V low{_mm512_cvtepi32_ps(
-                            _mm512_add_epi32(_mm512_slli_epi32(a[p][t][1], 8), a[p][t][0]))};
-                        const V high{_mm512_cvtepi32_ps(a[p][t][2])};
-                        const V v = mul(fma(high, splat(65536.0f), low), splat(scales[t]));
-                        y[p][t] = fma(scale_R, v, y[p][t]);
-                    }
-                    if constexpr (F.has_minimum()) {
-                        const V minimum_R = minimum<F>(unit, c * F.groups + G);
-                        for (int t = 0; t < TOKENS; ++t) {
-                            float x_sum;
-                            std::memcpy(&x_sum, sums + t * 4 + DIGITS, sizeof x_sum);
-                            y[p][t] = fma(minimum_R, splat(x_sum), y[p][t]);
-                        }
-                    }
-                }
                 sums += 4 * TOKENS;
             });
             digits += Prepared::stride(TOKENS);
-            scales += TOKENS;
+            anchors += DIGITS * TOKENS;
         }
     }
-    for (int p = 0; p < PANELS; ++p)
-        for (int t = 0; t < TOKENS; ++t) target.put(token + t, row + p * LANES, y[p][t]);
+    // Unrolled, so that no sum has an address: then none is stored twice in the loop.
+    unrolled<0, PANELS * TOKENS>([&]<int I>() __attribute__((always_inline)) {
+        constexpr int p = I / TOKENS, t = I % TOKENS;
+        target.put(token + t, row + p * LANES, mul(y[t][p], splat(1 << RAISE)));
+    });
 }
 
 constexpr int tile_for(int tokens) { return tokens >= 3 ? 4 : tokens; }
@@ -213,7 +234,7 @@ inline void meet(const Part& part, int block, int begin, int end, const Prepared
     for (int i = begin; i < end; ++i) {
         const size_t before = static_cast<size_t>(i) * TILE * chunks;
         const Prepared some{x.digits + before * STEPS * 4, x.sums + before * F.groups * 4,
-                            x.scales + before};
+                            x.anchors + before * DIGITS};
         const auto run = [&]<int PANELS, int TOKENS>() {
             stream<F, PANELS, TOKENS>(part.panel(panel), part.unit_stride(panel), part.units(),
                                       i == begin, some, target, i * TILE, panel * LANES);
@@ -236,9 +257,9 @@ template <Layout F>
 inline Prepared prepare(const float* x, const Part& part, int tokens, Scratch<int32_t>& scratch) {
     const int chunks = part.padded_cols() / CHUNK, tiles = (tokens + TILE - 1) / TILE;
     const size_t rows = static_cast<size_t>(tiles) * TILE * chunks;
-    int32_t* digits = scratch.at_least(rows * (STEPS * 4 + F.groups * 4 + 1));
+    int32_t* digits = scratch.at_least(rows * (STEPS * 4 + F.groups * 4 + DIGITS));
     int32_t* sums = digits + rows * STEPS * 4;
-    float* scales = reinterpret_cast<float*>(sums + rows * F.groups * 4);
+    float* anchors = reinterpret_cast<float*>(sums + rows * F.groups * 4);
     const bool shared = tokens * part.cols > POINTWISE_ELEMENTS;
     pool().run(shared ? tiles : 1, [&](int task) {
         for (int i = task; i < (shared ? task + 1 : tiles); ++i) {
@@ -252,11 +273,11 @@ inline Prepared prepare(const float* x, const Part& part, int tokens, Scratch<in
                     prepare_chunk<F>(row + c * CHUNK, tile,
                                      digits + before * STEPS * 4 + (c * STEPS * tile + t) * 4,
                                      sums + (before * F.groups + c * F.groups * tile + t) * 4,
-                                     scales + before + c * tile + t);
+                                     anchors + (before + c * tile + t) * DIGITS);
             }
         }
     });
-    return {digits, sums, scales};
+    return {digits, sums, anchors};
 }
 
 template <Layout F>

@@ -130,10 +130,11 @@ def matmul(
     steps = (2 if how.m_at is not None else 1) * groups
     if isa in IN_DIGITS and how is not _FLOAT:
         # What a chunk's fixed-point numbers are off by.
-        fixed_TI = 2.008 * U * x.abs().unflatten(1, (-1, CHUNK)).amax(-1) + 2.0**-127
+        fixed_TI = 2.008 * U * x.abs().unflatten(1, (-1, CHUNK)).amax(-1) + 2.0**-107
         off_TI = fixed_TI.repeat_interleave(CHUNK, dim=1)
         size_TO = residual.abs() + (x.abs() + off_TI) @ weight.size_OI.T
-        bound_TO = gamma(steps + 4) * size_TO + off_TI @ weight.size_OI.T + (steps + 1) * TINY
+        lost = (steps + 1) * 2.0**20 * TINY
+        bound_TO = gamma(steps + 4) * size_TO + off_TI @ weight.size_OI.T + lost
         return truth_TO, bound_TO
     size_TO = residual.abs() + x.abs() @ weight.magnitude_OI.T
     lost = groups * how.group * weight.scale_most * how.product_underflow + (steps + 1) * TINY

@@ -48,7 +48,7 @@ def test_matmul(isa: str, name: str) -> None:
 
 @on_every_instruction_set
 @in_every_format
-@pytest.mark.parametrize("exponent", [-139, -110, 40])
+@pytest.mark.parametrize("exponent", [-139, -110, 40, 112])
 def test_matmul_of_tiny_and_huge_activations(isa: str, name: str, exponent: int) -> None:
     """Where products fall below the smallest number: what is lost must stay as small."""
     raw = random_raw(name, 17, 256)
