@@ -2,12 +2,12 @@
 // set.
 //
 // Slots are taken in blocks of 256, counted from the request's first token. A query's part in a
-// block is its own softmax: scores (each a sum over the head's elements, in order), their maximum
-// m, weights e^(s - m), their sum l, and the mix of values (slot after slot). Blocks are then
-// merged one after the other (Milakov and Gimelshein 2018; Dao et al. 2022). A part depends on
-// nothing but the query and the block's slots that it sees: not on the chunk that the query came
-// in, nor on who computes it. One token's blocks are spread over the threads and merged in order; a
-// prompt's are merged as they come.
+// block is its own softmax: scores times log2 e (each a sum over the head's elements, in order),
+// their maximum m, weights 2^(s - m), their sum l, and the mix of values (slot after slot). Blocks
+// are then merged one after the other (Milakov and Gimelshein 2018; Dao et al. 2022). A part
+// depends on nothing but the query and the block's slots that it sees: not on the chunk that the
+// query came in, nor on who computes it. One token's blocks are spread over the threads and merged
+// in order; a prompt's are merged as they come.
 //
 // Rows are the queries that share a kv head: token after token, within a token head after head.
 
@@ -16,12 +16,19 @@ constexpr int PAGE = 16;
 constexpr int BLOCK_PAGES = BLOCK_SLOTS / PAGE;
 constexpr int ROW_TILE = TILE_TOKENS;
 constexpr int GROUP_BYTES = 1 << 18;
-constexpr int ROWS_A_TASK = 96;  // queries that meet a block once it is expanded to float32
+// Queries that meet a block once it is expanded to float32: the more the cheaper, but few rows are
+// spread over the threads.
+constexpr int LEAST_ROWS = 96, MOST_ROWS = 384, TASKS_A_THREAD = 8;
 
-// A softmax over some slots: the largest score, and the sum of e^(score - largest).
+// A softmax over some slots: the largest score, and the sum of 2^(score - largest).
 struct Partial {
     float most, total;
 };
+
+template <class T>
+inline void prefetch(const T* from, int n) {
+    prefetch_lines(reinterpret_cast<const uint8_t*>(from), n * static_cast<int>(sizeof(T)));
+}
 
 // What will be read after a block, fetched line by line while the block is computed: runs of
 // memory, from one end to the other, so that the hardware, which does not see from page to page,
@@ -122,29 +129,32 @@ inline void block_scores(const Block& block, const Queries& q, int pages, float*
     for (; page < pages; ++page) some.template operator()<1>(page);
 }
 
-// Turns a row's scores of `pages` pages into weights; slots outside [from, last] weigh 0.
-inline Partial block_softmax(float* scores, int pages, int from, int last) {
+// The largest of a row's scores of `pages` pages; those of slots outside [from, last] become -inf.
+inline float block_most(float* scores, int pages, int from, int last) {
     const V nothing = splat(-INFINITY);
     V most = nothing;
     for (int p = 0; p < pages; ++p) {
         V s = load(scores + p * PAGE);
         const int stop = last + 1 - p * PAGE, start = from - p * PAGE;
-        if (stop < PAGE) s = first(s, std::max(0, stop), nothing);
-        if (start > 0) s = first(nothing, std::min(PAGE, start), s);
-        store(scores + p * PAGE, s);
+        if (stop < PAGE || start > 0) {
+            s = first(s, std::clamp(stop, 0, PAGE), nothing);
+            s = first(nothing, std::clamp(start, 0, PAGE), s);
+            store(scores + p * PAGE, s);
+        }
         most = max(most, s);
     }
-    float lanes[LANES];
-    store(lanes, most);
-    float m = lanes[0];
-    for (const float lane : lanes) m = lane > m ? lane : m;
+    return largest(most);
+}
+
+// Turns a row's scores into weights; returns their sum.
+inline float block_weights(float* scores, int pages, float most) {
     V total = zero();
     for (int p = 0; p < pages; ++p) {
-        const V w = exp(sub(load(scores + p * PAGE), splat(m)));
+        const V w = exp2(sub(load(scores + p * PAGE), splat(most)));
         store(scores + p * PAGE, w);
         total = add(total, w);
     }
-    return {m, sum(total)};
+    return sum(total);
 }
 
 // Mixes the values of a block's first `slots` slots: y[t][padded].
@@ -200,15 +210,18 @@ __attribute__((noinline)) void block_parts(const Block& block, const Queries& q,
     for (int t = 0; t < q.rows; ++t) last = std::max(last, q.last[t] - block.start);
     const int slots = std::min(block.slots, last + 1), pages = (slots + PAGE - 1) / PAGE;
     block_scores<ROWS>(block, q, pages, scores);
+    // All rows' maxima before any row's weights: nobody waits for the end of a reduction.
     for (int t = 0; t < ROWS; ++t) {
         const int row = std::min(t, q.rows - 1);
         const int from = q.from[row] - block.start, to = q.last[row] - block.start;
-        if (to < 0 || from >= slots) {  // sees nothing here
-            parts[t] = {-INFINITY, 0.0f};
-            std::fill_n(scores + t * BLOCK_SLOTS, pages * PAGE, 0.0f);
-        } else {
-            parts[t] = block_softmax(scores + t * BLOCK_SLOTS, pages, from, to);
-        }
+        const bool sees = to >= 0 && from < slots;
+        parts[t].most = sees ? block_most(scores + t * BLOCK_SLOTS, pages, from, to) : -INFINITY;
+        parts[t].total = sees;
+    }
+    for (int t = 0; t < ROWS; ++t) {
+        float* row = scores + t * BLOCK_SLOTS;
+        if (parts[t].total != 0.0f) parts[t].total = block_weights(row, pages, parts[t].most);
+        else std::fill_n(row, pages * PAGE, 0.0f);
     }
     if (block.finite) return block_mix<ROWS>(block, scores, slots, y);
     for (int t = 0; t < q.rows; ++t)
@@ -226,8 +239,8 @@ inline void merge(Partial* sums, float* mixed, const Partial* parts, const float
         take[t] = parts[t].most - most;
     }
     for (int t = 0; t < rows; t += LANES) {
-        store(keep + t, exp(load(keep + t)));
-        store(take + t, exp(load(take + t)));
+        store(keep + t, exp2(load(keep + t)));
+        store(take + t, exp2(load(take + t)));
     }
     for (int t = 0; t < rows; ++t, mixed += padded, y += padded) {
         Partial& sum = sums[t];
@@ -264,15 +277,17 @@ struct Attended {
                pages->dim;
     }
 
-    // Rows [row, row + n) as a tile of `size`: [dim][size], scaled by 1 / sqrt(dim).
+    // Rows [row, row + n) as a tile of `size`: [dim][size], times log2 e / sqrt(dim).
     void queries(int row, int n, int size, float* x, Queries& out) const {
-        const float scale = 1.0f / std::sqrt(static_cast<float>(pages->dim));
+        const auto scale = static_cast<float>(1.4426950408889634 / std::sqrt(pages->dim));
         out.x = x;
         out.rows = n;
         for (int t = 0; t < size; ++t) {
-            const int from_row = row + std::min(t, n - 1);
+            const int from_row = row + std::min(t, n - 1), dim = pages->dim;
             const float* of = q + at(from_row);
-            for (int d = 0; d < pages->dim; ++d) x[d * size + t] = of[d] * scale;
+            // The next tile's: tokens are far apart, and another thread may have turned them.
+            prefetch(q + at(std::min(rows() - 1, from_row + ROW_TILE)), dim);
+            for (int d = 0; d < dim; ++d) x[d * size + t] = of[d] * scale;
             if (t < n) {
                 out.last[t] = last(from_row);
                 out.from[t] = from(from_row);
@@ -368,11 +383,20 @@ inline void widen(Block& block, float* memory) {
     block.finite = sum(probe) == 0.0f;
 }
 
+// Fetches share `i` of `n` of a block's halves.
+inline void prefetch_pages(const Block& block, int i, int n) {
+    const int pages = (block.slots + PAGE - 1) / PAGE;
+    for (int p = pages * i / n; p < pages * (i + 1) / n; ++p) {
+        prefetch(block.keys[p], PAGE * block.dim);
+        prefetch(block.values[p], PAGE * block.dim);
+    }
+}
+
 inline size_t widened_floats(int dim, int padded) {
     return static_cast<size_t>(BLOCK_SLOTS) * (dim + padded);
 }
 
-// Many rows: each task takes ROWS_A_TASK of them through all blocks.
+// Many rows, of which a task takes some through all blocks.
 inline void attend_rows(const Attended& a, int first, int stop) {
     static thread_local Scratch<float> scratch;
     const int dim = a.pages->dim, padded = a.padded, rows = stop - first;
@@ -385,8 +409,8 @@ inline void attend_rows(const Attended& a, int first, int stop) {
     float *mixed = memory + wide, *x = mixed + row_floats;
     float *scores = x + static_cast<size_t>(tiles) * ROW_TILE * dim,
           *y = scores + ROW_TILE * BLOCK_SLOTS;
-    Partial sums[ROWS_A_TASK] = {}, parts[ROW_TILE];
-    Queries queries[(ROWS_A_TASK + ROW_TILE - 1) / ROW_TILE];
+    Partial sums[MOST_ROWS] = {}, parts[ROW_TILE];
+    Queries queries[(MOST_ROWS + ROW_TILE - 1) / ROW_TILE];
     for (int i = 0; i < tiles; ++i) {
         const int n = std::min(ROW_TILE, rows - i * ROW_TILE);
         a.queries(first + i * ROW_TILE, n, tile_for(n), x + static_cast<size_t>(i) * ROW_TILE * dim,
@@ -396,8 +420,10 @@ inline void attend_rows(const Attended& a, int first, int stop) {
     for (int index = a.from(first) / BLOCK_SLOTS; index * BLOCK_SLOTS <= last; ++index) {
         Block block = a.block(index, last);
         widen(block, memory);
+        const Block next = (index + 1) * BLOCK_SLOTS <= last ? a.block(index + 1, last) : Block{};
         for (int i = 0; i < tiles; ++i) {
             const int n = queries[i].rows, start = block.start;
+            prefetch_pages(next, i, tiles);
             if (queries[i].last[n - 1] < start || queries[i].from[0] >= start + block.slots)
                 continue;
             with_tile(tile_for(n),
@@ -428,6 +454,13 @@ inline void attend_block(const Attended& a, int index, Partial* parts, float* y)
     with_tile(size, [&]<int ROWS>() { block_parts<ROWS>(block, q, scores, parts, y); });
 }
 
+inline int rows_a_task(const std::vector<Segment>& segments, const Pages& pages) {
+    int rows = 0;
+    for (const Segment& segment : segments) rows += (segment.stop - segment.first) * pages.heads;
+    const int some = rows / (TASKS_A_THREAD * pool().threads());
+    return std::clamp(some / LEAST_ROWS * LEAST_ROWS, LEAST_ROWS, MOST_ROWS);
+}
+
 inline void attention(const float* q, const std::vector<Segment>& segments, const Pages& pages,
                       int window, float* y) {
     const int padded = (pages.dim + LANES - 1) / LANES * LANES;
@@ -440,6 +473,7 @@ inline void attention(const float* q, const std::vector<Segment>& segments, cons
     static thread_local Scratch<float> scratch;
     tasks.clear();
     singles.clear();
+    const int some = rows_a_task(segments, pages);
     int slots = 0;
     for (const Segment& segment : segments) {
         const size_t first_single = singles.size();
@@ -449,9 +483,8 @@ inline void attention(const float* q, const std::vector<Segment>& segments, cons
             const int rows = a.rows();
             if (rows > ROW_TILE) {
                 // The last rows see the most: begin with them.
-                for (int first = (rows - 1) / ROWS_A_TASK * ROWS_A_TASK; first >= 0;
-                     first -= ROWS_A_TASK)
-                    tasks.push_back({a, first, std::min(rows, first + ROWS_A_TASK), -1});
+                for (int first = (rows - 1) / some * some; first >= 0; first -= some)
+                    tasks.push_back({a, first, std::min(rows, first + some), -1});
                 continue;
             }
             from = a.from(0) / BLOCK_SLOTS, stop = a.last(rows - 1) / BLOCK_SLOTS + 1;

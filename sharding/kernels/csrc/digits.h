@@ -55,8 +55,8 @@ inline __m512i digits_of(V x, V scale) {
     return _mm512_shuffle_epi8(_mm512_and_si512(balanced, _mm512_set1_epi32(0xffffff)), transpose);
 }
 
-// The power of two that makes the largest of a chunk fill 24 bits, and its inverse times 2^-RAISE; 0
-// and NaN where a number is not finite.
+// The power of two that makes the largest of a chunk fill 24 bits, and its inverse times 2^-RAISE;
+// 0 and NaN where a number is not finite.
 struct Fixing {
     float up, down;
 };

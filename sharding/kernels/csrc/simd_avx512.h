@@ -36,6 +36,7 @@ inline V first(V a, int n, V b) {
     return {_mm512_mask_blend_ps(static_cast<__mmask16>((1u << n) - 1), b.v, a.v)};
 }
 inline float sum(V a) { return _mm512_reduce_add_ps(a.v); }
+inline float largest(V a) { return _mm512_reduce_max_ps(a.v); }
 
 inline V load_f16(const uint16_t* p) {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};

@@ -70,6 +70,11 @@ inline float sum(const V& a) {
         for (int i = 0; i < half; ++i) s[i] += s[i + half];
     return s[0];
 }
+inline float largest(const V& a) {
+    float most = a.v[0];
+    for (const float lane : a.v) most = lane > most ? lane : most;
+    return most;
+}
 
 inline V load_f16(const uint16_t* p) {
     return each([=](int i) { return f16_to_f32(p[i]); });
