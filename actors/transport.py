@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import msgspec
+import numpy as np
 import torch
 
 from sharding.errors import PeerLostError, ProtocolError
@@ -34,8 +35,8 @@ VERSION = 1
 HELLO = 1
 """The greeting that opens an edge; all other kinds belong to `pipeline.py`."""
 
-_DTYPES = {0: None, 1: torch.float32, 2: torch.float16}
-_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+_DTYPES = {0: None, 1: np.dtype(np.float32), 2: np.dtype(np.float16)}
+_CODES = {None: 0, torch.float32: 1, torch.float16: 2}
 
 # Beyond these no pipeline of ours sends anything: a stranger's bytes must not make us allocate.
 _MOST_META_BYTES = 64 << 20
@@ -73,8 +74,7 @@ class Edge:
         self.epoch = epoch
         self._sock = sock
         self._header = bytearray(HEADER.size)
-        # torch aligns its memory to cache lines, which GEMMs downstream like.
-        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._buffer = np.empty(0, dtype=np.uint8)
         _tune(sock)
 
     def fileno(self) -> int:
@@ -86,7 +86,7 @@ class Edge:
         rows, cols, payload = 0, 0, memoryview(b"")
         if hidden is not None:
             rows, cols = hidden.shape
-            payload = hidden.contiguous().view(torch.uint8).numpy().data.cast("B")
+            payload = hidden.contiguous().numpy().data.cast("B")
         code = _CODES[None if hidden is None else hidden.dtype]
         header = HEADER.pack(
             MAGIC, VERSION, kind, code, self.epoch, rows, cols, len(meta), step, payload.nbytes
@@ -115,12 +115,15 @@ class Edge:
         hidden = None if dtype is None else self._tensor(rows, cols, dtype, payload_bytes)
         return Frame(kind, step, bytes(meta), hidden)
 
-    def _tensor(self, rows: int, cols: int, dtype: torch.dtype, n_bytes: int) -> torch.Tensor:
-        if self._buffer.numel() < n_bytes:
-            self._buffer = torch.empty(n_bytes, dtype=torch.uint8)
+    def _tensor(
+        self, rows: int, cols: int, dtype: np.dtype[np.floating], n_bytes: int
+    ) -> torch.Tensor:
+        if self._buffer.nbytes < n_bytes:
+            # torch aligns its memory to cache lines, which GEMMs downstream like.
+            self._buffer = torch.empty(n_bytes, dtype=torch.uint8).numpy()
         used = self._buffer[:n_bytes]
-        self._fill(used.numpy().data)
-        return used.view(dtype).view(rows, cols)
+        self._fill(used.data)
+        return torch.from_numpy(used.view(dtype).reshape(rows, cols))
 
     def _fill(self, view: memoryview) -> None:
         with _lost_peer("receiving"):

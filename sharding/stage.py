@@ -203,7 +203,8 @@ class Stage:
     def _results(self, batch: Batch, hidden_TI: torch.Tensor) -> Iterator[SegmentResult]:
         stops = list(accumulate(len(segment.tokens) for segment in batch.segments))
         ends = [stop - 1 for stop, at in zip(stops, batch.segments, strict=True) if at.sample]
-        logits = self._rows_of_logits(hidden_TI[ends])
+        drawn_from = hidden_TI if len(ends) == len(hidden_TI) else hidden_TI[ends]
+        logits = self._rows_of_logits(drawn_from)
         for segment, stop in zip(batch.segments, stops, strict=True):
             self._remember(segment)
             logits_V = next(logits) if segment.sample else None
