@@ -32,8 +32,8 @@ APPLICATION = "longspan"
 RAY_SETTINGS = {
     # Ray runs workers at nice 15 otherwise.
     "RAY_worker_niceness": "0",
-    # Tokens go from the engine to the ingress by gRPC, not as Ray objects: a third less of Serve's
-    # processor time for each.
+    # Answers go from the ingress to the proxy by gRPC, not as Ray objects: a third less of Serve's
+    # processor time for each piece.
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
 }
 """Environment of a cluster that is started here; `cluster.yaml` has its own."""
