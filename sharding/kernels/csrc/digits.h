@@ -21,6 +21,7 @@ constexpr int STEPS = CHUNK / STEP;
 constexpr int DIGITS = 3;
 constexpr int TILE = 4;  // tokens; with 2 panels and 3 digits 24 sums of 32 registers
 constexpr float ANCHOR = 1.5f * (1 << 23);
+static_assert(CHUNK * 128 * 128 < 1 << 22, "a sum of digits would leave its anchor");
 // Sums are kept times 2^-RAISE until they are done: the highest anchor would overflow.
 constexpr int RAISE = 20;
 
