@@ -15,7 +15,9 @@ constexpr int BLOCK_SLOTS = 256;
 constexpr int PAGE = 16;
 constexpr int BLOCK_PAGES = BLOCK_SLOTS / PAGE;
 constexpr int ROW_TILE = TILE_TOKENS;
-constexpr int GROUP_BYTES = 1 << 18;
+// What is fetched ahead while a decoded token's blocks are computed: enough for a memory that takes
+// its time, little enough to stay in the second-level cache.
+constexpr int AHEAD_BYTES = 1 << 15;
 // Queries that meet a block once it is expanded to float32: the more the cheaper, but few rows are
 // spread over the threads.
 constexpr int LEAST_ROWS = 96, MOST_ROWS = 384, TASKS_A_THREAD = 8;
@@ -30,12 +32,12 @@ inline void prefetch(const T* from, int n) {
     prefetch_lines(reinterpret_cast<const uint8_t*>(from), n * static_cast<int>(sizeof(T)));
 }
 
-// What will be read after a block, fetched line by line while the block is computed: runs of
-// memory, from one end to the other, so that the hardware, which does not see from page to page,
-// sees the run within one. Into the second-level cache.
+// What will be read soon, in the order of reading: fetched into the second-level cache, a line for
+// each line that is read.
 class Ahead {
   public:
-    void add(const uint8_t* from, size_t bytes) {
+    void add(const void* run, size_t bytes) {
+        const auto* from = static_cast<const uint8_t*>(run);
         if (runs_ && end_[runs_ - 1] == from) {  // pages mostly follow one another
             end_[runs_ - 1] += bytes;
         } else {
@@ -55,8 +57,10 @@ class Ahead {
 
   private:
     const uint8_t *at_ = nullptr, *stop_ = nullptr;
+    // Keys and values of a block, and of another's beginning.
+    static constexpr int MOST_RUNS = 4 * BLOCK_PAGES;
     int next_ = 0, runs_ = 0;
-    const uint8_t *from_[BLOCK_PAGES], *end_[BLOCK_PAGES];
+    const uint8_t *from_[MOST_RUNS], *end_[MOST_RUNS];
 };
 
 // y[t][p] = sum over k of x[t * t_step + k * k_step] * w[k][p]; one chain each, k after k. Halves
@@ -91,10 +95,20 @@ constexpr int panels_for(int rows) {
 struct Block {
     int start, slots;  // first slot, and how many are written
     const uint16_t *keys[BLOCK_PAGES], *values[BLOCK_PAGES];
-    Ahead ahead_keys, ahead_values;
+    Ahead* ahead;                          // where halves are read
     const float *wide_keys, *wide_values;  // [page][dim][16] and [slot][padded dim], or null
     int dim, padded;
     bool finite;  // whether all values are: 0 * infinity would not be 0
+
+    int pages() const { return (slots + PAGE - 1) / PAGE; }
+    // Adds pages [from, stop) in the order of reading, all keys and then all values, as far as
+    // there are any.
+    void add_to(Ahead& path, int from, int stop) const {
+        const size_t page_bytes = PAGE * static_cast<size_t>(dim) * sizeof(uint16_t);
+        const int n = pages();
+        for (int i = from; i < std::min(stop, 2 * n); ++i)
+            path.add(i < n ? keys[i] : values[i - n], page_bytes);
+    }
 };
 
 // A tile of up to ROW_TILE rows: queries [dim][ROWS], scaled; the last slot that each row sees, and
@@ -108,7 +122,6 @@ struct Queries {
 template <int ROWS>
 inline void block_scores(const Block& block, const Queries& q, int pages, float* scores) {
     constexpr int wide = panels_for(ROWS);
-    Ahead ahead = block.ahead_keys;
     const auto some = [&]<int PANELS>(int page) {
         const void* at[PANELS];
         V y[ROWS][PANELS];
@@ -118,7 +131,7 @@ inline void block_scores(const Block& block, const Queries& q, int pages, float*
             products<ROWS, PANELS, false>(q.x, 1, ROWS, at, nullptr, PAGE, block.dim, y);
         } else {
             for (int p = 0; p < PANELS; ++p) at[p] = block.keys[page + p];
-            products<ROWS, PANELS, true>(q.x, 1, ROWS, at, &ahead, PAGE, block.dim, y);
+            products<ROWS, PANELS, true>(q.x, 1, ROWS, at, block.ahead, PAGE, block.dim, y);
         }
         for (int t = 0; t < ROWS; ++t)
             for (int p = 0; p < PANELS; ++p)
@@ -161,7 +174,6 @@ inline float block_weights(float* scores, int pages, float most) {
 template <int ROWS>
 inline void block_mix(const Block& block, const float* weights, int slots, float* y) {
     constexpr int wide = panels_for(ROWS);
-    Ahead ahead = block.ahead_values;
     const auto some = [&]<int PANELS>(int d) {
         V sums[ROWS][PANELS];
         const void* at[PANELS];
@@ -176,7 +188,7 @@ inline void block_mix(const Block& block, const float* weights, int slots, float
                 const uint16_t* value = block.values[s / PAGE] + s % PAGE * block.dim + d;
                 V a[PANELS];
                 for (int p = 0; p < PANELS; ++p) a[p] = load_f16(value + p * LANES);
-                for (int p = s % 2; p < PANELS; p += 2) ahead.fetch();
+                for (int p = s % 2; p < PANELS; p += 2) block.ahead->fetch();
                 for (int t = 0; t < ROWS; ++t) {
                     const V b = splat(weights[t * BLOCK_SLOTS + s]);
                     for (int p = 0; p < PANELS; ++p) sums[t][p] = fma(a[p], b, sums[t][p]);
@@ -310,36 +322,12 @@ struct Attended {
         }
         return b;
     }
+    Block block(int index) const { return block(index, last(rows() - 1)); }
 
-    // Kv heads whose blocks are fetched as one: a quarter of a second-level cache, ours and the
-    // next.
-    int group() const {
-        const int head_bytes = BLOCK_SLOTS * pages->dim * 2 * static_cast<int>(sizeof(uint16_t));
-        return std::clamp(GROUP_BYTES / head_bytes, 1, pages->kv_heads);
-    }
-
-    // While each head of a group of a block is computed, its share of the next group is fetched.
-    void look_ahead(Block& block) const {
-        const int size = group(), heads = pages->kv_heads;
-        int next = (kv_head / size + 1) * size, index = block.start / BLOCK_SLOTS;
-        if (next >= heads) {
-            next = 0;
-            ++index;
-        }
-        const int slots = std::min(BLOCK_SLOTS, last(rows() - 1) + 1 - index * BLOCK_SLOTS);
-        if (slots <= 0) return;
-        const int count = (slots + PAGE - 1) / PAGE, mine = kv_head % size;
-        const int fetched = std::min(size, heads - next);
-        const auto share = [&](Ahead& ahead, const uint16_t* of) {
-            const size_t bytes =
-                static_cast<size_t>(fetched) * PAGE * pages->dim * sizeof(uint16_t);
-            for (int p = count * mine / size; p < count * (mine + 1) / size; ++p)
-                ahead.add(reinterpret_cast<const uint8_t*>(
-                              of + pages->at(segment->table[index * BLOCK_PAGES + p], next)),
-                          bytes);
-        };
-        share(block.ahead_keys, pages->keys);
-        share(block.ahead_values, pages->values);
+    // Pages of keys or values that are fetched ahead.
+    int lead() const {
+        return std::min(AHEAD_BYTES / (PAGE * pages->dim * static_cast<int>(sizeof(uint16_t))),
+                        2 * BLOCK_PAGES);
     }
 
     void finish(int row, const Partial& sum, const float* mixed) const {
@@ -355,7 +343,7 @@ struct Attended {
 
 // Expands a block to float32 in `memory`: (16 + 1) pages' worth of keys and values.
 inline void widen(Block& block, float* memory) {
-    const int pages = (block.slots + PAGE - 1) / PAGE;
+    const int pages = block.pages();
     float *keys = memory, *values = memory + static_cast<size_t>(BLOCK_SLOTS) * block.dim;
     for (int p = 0; p < pages; ++p)
         for (int d = 0; d < block.dim; ++d)
@@ -385,7 +373,7 @@ inline void widen(Block& block, float* memory) {
 
 // Fetches share `i` of `n` of a block's halves.
 inline void prefetch_pages(const Block& block, int i, int n) {
-    const int pages = (block.slots + PAGE - 1) / PAGE;
+    const int pages = block.pages();
     for (int p = pages * i / n; p < pages * (i + 1) / n; ++p) {
         prefetch(block.keys[p], PAGE * block.dim);
         prefetch(block.values[p], PAGE * block.dim);
@@ -437,8 +425,11 @@ inline void attend_rows(const Attended& a, int first, int stop) {
 }
 
 // A single tile of rows (a decoded token and its heads): blocks are tasks of their own. Returns the
-// parts in `parts` [block][ROW_TILE] and `y` [block][ROW_TILE][padded].
-inline void attend_block(const Attended& a, int index, Partial* parts, float* y) {
+// parts in `parts` [block][ROW_TILE] and `y` [block][ROW_TILE][padded]. `add_following` adds what
+// is read after the block to an Ahead, up to the given number of pages.
+template <class AddFollowing>
+inline void attend_block(const Attended& a, int index, const AddFollowing& add_following,
+                         Partial* parts, float* y) {
     static thread_local Scratch<float> scratch;
     const int rows = a.rows(), dim = a.pages->dim, size = tile_for(rows);
     float* memory =
@@ -446,8 +437,12 @@ inline void attend_block(const Attended& a, int index, Partial* parts, float* y)
     float *x = memory + widened_floats(dim, a.padded), *scores = x + ROW_TILE * dim;
     Queries q;
     a.queries(0, rows, size, x, q);
-    Block block = a.block(index, a.last(rows - 1));
-    a.look_ahead(block);
+    Block block = a.block(index);
+    const int lead = a.lead();
+    Ahead ahead;
+    block.add_to(ahead, lead, 2 * BLOCK_PAGES);
+    add_following(ahead, lead);
+    block.ahead = &ahead;
     // An infinity must not reach a token that does not see it, earlier or beyond its window: look
     // at the values.
     if (dim % LANES || a.window || rows > a.shared()) widen(block, memory);
@@ -462,7 +457,7 @@ inline int rows_a_task(const std::vector<Segment>& segments, const Pages& pages)
 }
 
 inline void attention(const float* q, const std::vector<Segment>& segments, const Pages& pages,
-                      int window, float* y) {
+                      int window, const Weight* next, float* y) {
     const int padded = (pages.dim + LANES - 1) / LANES * LANES;
     struct Task {
         Attended a;
@@ -502,10 +497,21 @@ inline void attention(const float* q, const std::vector<Segment>& segments, cons
     float* mixes = scratch.at_least(slots * part_floats + parts_floats + LANES);
     auto* parts = reinterpret_cast<Partial*>(mixes + slots * part_floats);
     const std::vector<Task>&all = tasks, &few = singles;
-    pool().run(static_cast<int>(all.size()), [&](int i) {
+    const int n = static_cast<int>(all.size());
+    pool().run(n, [&](int i) {
         const Task& task = all[static_cast<size_t>(i)];
         if (task.slot < 0) return attend_rows(task.a, task.first, task.stop);
-        attend_block(task.a, task.first, parts + static_cast<size_t>(task.slot) * ROW_TILE,
+        const auto add_following = [&](Ahead& ahead, int pages) {
+            const int thread = pool().owner(n, i);
+            if (i + 1 < pool().first(n, thread + 1)) {
+                const Task& after = all[static_cast<size_t>(i) + 1];
+                if (after.slot >= 0) after.a.block(after.first).add_to(ahead, 0, pages);
+            } else if (next) {
+                ahead.add(run_start(*next, thread), AHEAD_BYTES);
+            }
+        };
+        attend_block(task.a, task.first, add_following,
+                     parts + static_cast<size_t>(task.slot) * ROW_TILE,
                      mixes + task.slot * part_floats);
     });
     for (const Task& single : few) {

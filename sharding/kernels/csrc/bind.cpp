@@ -124,7 +124,7 @@ void bind_kernels(nb::class_<Kernels> kernels) {
         "attention",
         [](const Kernels& self, Address q, const Batch& batch, const Pages& pages, int window,
            Address y) {
-            self.ops.attention(at<float>(q), batch.segments, pages, window, at<float>(y));
+            self.ops.attention(at<float>(q), batch.segments, pages, window, nullptr, at<float>(y));
         },
         Release());
 }

@@ -58,9 +58,10 @@ struct Ops {
     void (*gated_silu)(const float* x, int tokens, int width, float* y);
     // Splits qkv [T, (H + 2G) * D]; turned queries go to q [T, H * D], keys and values to pages.
     void (*rotate_and_store)(const float* qkv, const Turn& turn, const Pages& pages, float* q);
-    // y[T, H * D]; a token sees the last `window` slots up to its own, all of them if 0.
+    // y[T, H * D]; a token sees the last `window` slots up to its own, all of them if 0. `next` as
+    // above.
     void (*attention)(const float* q, const std::vector<Segment>& segments, const Pages& pages,
-                      int window, float* y);
+                      int window, const Weight* next, float* y);
 };
 
 extern const Ops AVX512_OPS, AVX2_OPS, PORTABLE_OPS;

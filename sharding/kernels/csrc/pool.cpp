@@ -33,9 +33,8 @@ Pool::~Pool() {
 
 void Pool::share(int n) {
     for (int t = 0; t < threads_; ++t) {
-        const auto border = [&](int64_t at) { return static_cast<int>(at * n / threads_); };
-        ranges_[t].stop = border(t + 1);
-        ranges_[t].next.store(border(t), std::memory_order_relaxed);
+        ranges_[t].stop = first(n, t + 1);
+        ranges_[t].next.store(first(n, t), std::memory_order_relaxed);
     }
     gate_.store(OPEN, std::memory_order_release);
     job_.fetch_add(1, std::memory_order_release);

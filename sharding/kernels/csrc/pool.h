@@ -25,6 +25,14 @@ class Pool {
     Pool& operator=(const Pool&) = delete;
 
     int threads() const { return threads_; }
+    // Of n tasks a thread begins with [first(n, thread), first(n, thread + 1)).
+    int first(int n, int thread) const {
+        return static_cast<int>(static_cast<int64_t>(thread) * n / threads_);
+    }
+    // The thread that begins with task i of n.
+    int owner(int n, int i) const {
+        return static_cast<int>((static_cast<int64_t>(i + 1) * threads_ - 1) / n);
+    }
 
     // Calls task(i) for all i in [0, n), on any thread, in any order. Rethrows what a task threw.
     // From two callers at once, the second computes on its own thread.

@@ -43,19 +43,18 @@ inline void prefetch_share(const uint8_t* units, int c) {
     for (int line = 0; line < share; line += 64) __builtin_prefetch(ahead + line, 0, 2);
 }
 
+// Where a thread's run of blocks begins in a weight.
+inline const uint8_t* run_start(const Weight& weight, int thread) {
+    const Part& part = weight.parts()[0];
+    return part.panel(pool().first(part.blocks(), thread) * part.block_panels());
+}
+
 // A thread's run of blocks begins where nothing before has prefetched, and ends where prefetching
 // on would fetch another thread's: the start of the thread's run in the next weight comes instead.
 inline void prefetch_borders(const Part& part, const Weight* next, int block) {
-    const int threads = pool().threads();
-    const auto border = [&](const Part& of, int t) {
-        return static_cast<int>(static_cast<int64_t>(t) * of.blocks() / threads);
-    };
-    for (int t = 0; t < threads; ++t) {
-        if (block == border(part, t))
-            prefetch_lines(part.panel(block * part.block_panels()), PREFETCH_BYTES);
-        if (next && block + 1 == border(part, t + 1)) {
-            const Part& of = next->parts()[0];
-            prefetch_lines(of.panel(border(of, t) * of.block_panels()), PREFETCH_BYTES);
-        }
-    }
+    const int blocks = part.blocks(), thread = pool().owner(blocks, block);
+    if (block == pool().first(blocks, thread))
+        prefetch_lines(part.panel(block * part.block_panels()), PREFETCH_BYTES);
+    if (next && block + 1 == pool().first(blocks, thread + 1))
+        prefetch_lines(run_start(*next, thread), PREFETCH_BYTES);
 }
