@@ -158,7 +158,6 @@ class Stage:
                 entry.history = History(self.shape.vocab, self.kernels.device)
             self._open[opened.request] = entry
 
-    @torch.inference_mode()
     def hidden(self, batch: Batch, hidden_TI: torch.Tensor | None) -> torch.Tensor:
         """Hidden states `[T, I]` after this stage's layers; writes the batch's KV."""
         self._check(batch)
@@ -173,7 +172,6 @@ class Stage:
             raise StageError(f"hidden states {got} for {batch.n_tokens} x {self.shape.hidden}")
         return self._layers.run(hidden_TI.to(device), index)
 
-    @torch.inference_mode()
     def logits(self, hidden_TI: torch.Tensor) -> torch.Tensor:
         """Logits `[T, V]` of hidden states from the last layer (last stage only)."""
         assert self._head is not None, "only the last stage has a head"
@@ -208,9 +206,8 @@ class Stage:
         for segment, stop in zip(batch.segments, stops, strict=True):
             self._remember(segment)
             logits_V = next(logits) if segment.sample else None
-            rows_TI = hidden_TI[stop - len(segment.tokens) : stop]
             try:
-                scores = list(self._scores(segment, rows_TI))
+                scores = list(self._scores(segment, hidden_TI, stop - len(segment.tokens)))
                 drawn = None if logits_V is None else self._draw(segment, logits_V)
             except StageError as error:
                 yield SegmentResult(segment.request, error=str(error))
@@ -218,6 +215,9 @@ class Stage:
                 yield SegmentResult(segment.request, drawn, scores)
 
     def _rows_of_logits(self, hidden_TI: torch.Tensor) -> Iterator[torch.Tensor]:
+        if len(hidden_TI) <= LOGIT_ROWS:  # one slice less for each decoded token
+            yield from self.logits(hidden_TI)
+            return
         for first in range(0, len(hidden_TI), LOGIT_ROWS):
             yield from self.logits(hidden_TI[first : first + LOGIT_ROWS])
 
@@ -235,8 +235,11 @@ class Stage:
         race = self.kernels.gumbel_argmax
         return draw(logits_V, entry.opened.sampling, position, drawn, entry.history, race)
 
-    def _scores(self, segment: Segment, hidden_TI: torch.Tensor) -> Iterator[Choice]:
+    def _scores(
+        self, segment: Segment, hidden_TI: torch.Tensor, first_row: int
+    ) -> Iterator[Choice]:
         for first in range(0, len(segment.targets), LOGIT_ROWS):
             targets = segment.targets[first : first + LOGIT_ROWS]
-            logits_TV = self.logits(hidden_TI[first : first + len(targets)])
+            row = first_row + first
+            logits_TV = self.logits(hidden_TI[row : row + len(targets)])
             yield from score(logits_TV, targets, segment.alternatives)

@@ -17,17 +17,11 @@ class Pages:
     def __init__(self, heads: int, kv_heads: int, dim: int, keys: int, values: int) -> None: ...
 
 class Batch:
-    """`sizes`: tokens, rotary pairs, whether pairs are adjacent, segments."""
+    """`spans`: first row, stop row and position of each segment, one after the other; `tables`: the
+    addresses of their page tables; `frequencies`: that of `pairs` float64."""
 
     def __init__(
-        self,
-        sizes: list[int],
-        cosines: int,
-        sines: int,
-        page: int,
-        slot: int,
-        spans: int,
-        tables: int,
+        self, spans: list[int], tables: list[int], frequencies: int, pairs: int, adjacent: bool
     ) -> None: ...
 
 class Layers:

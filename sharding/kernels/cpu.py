@@ -70,8 +70,7 @@ class CPUKernels:
 
     def embed(self, weight: Weight, ids_T: torch.Tensor) -> torch.Tensor:
         """One row of the packed panel that holds it. Raises `IndexError` for a row there is not."""
-        if len(ids_T) and not 0 <= int(ids_T.min()) <= int(ids_T.max()) < weight.rows:
-            raise IndexError(f"a row outside [0, {weight.rows})")
+        assert ids_T.dtype == torch.int64 and ids_T.is_contiguous(), ids_T.dtype
         y_TI = torch.empty(len(ids_T), weight.cols)
         self.native.embed(_own(weight), ids_T.data_ptr(), len(ids_T), y_TI.data_ptr())
         return y_TI
@@ -105,8 +104,8 @@ class CPUKernels:
         """Pages are written in place."""
         tokens, width = qkv_TX.shape
         heads = width // pages.head_dim - 2 * pages.kv_heads
-        assert width % pages.head_dim == 0 and tokens == len(index.page_T), qkv_TX.shape
-        assert 2 * index.cos_TR.shape[1] <= pages.head_dim, index.cos_TR.shape
+        assert width % pages.head_dim == 0 and tokens == index.n_tokens, qkv_TX.shape
+        assert 2 * len(index.freqs_R) <= pages.head_dim, index.freqs_R.shape
         q_TX = torch.empty(tokens, heads * pages.head_dim)
         batch, native = _native_batch(index), _native_pages(heads, pages)
         self.native.rotate_and_store(_address(qkv_TX), batch, native, q_TX.data_ptr())
@@ -118,7 +117,7 @@ class CPUKernels:
         """Blocks of 256 slots, merged in order."""
         tokens, width = q_TX.shape
         heads = width // pages.head_dim
-        assert heads * pages.head_dim == width and tokens == len(index.page_T), q_TX.shape
+        assert heads * pages.head_dim == width and tokens == index.n_tokens, q_TX.shape
         y_TX = torch.empty(tokens, width)
         batch, native = _native_batch(index), _native_pages(heads, pages)
         self.native.attention(_address(q_TX), batch, native, window, y_TX.data_ptr())
@@ -175,8 +174,8 @@ class CPULayers:
 
     def run(self, x_TI: torch.Tensor, index: BatchIndex) -> torch.Tensor:
         """See `Layers.run`."""
-        assert x_TI.shape == (len(index.page_T), self._hidden), x_TI.shape
-        assert 2 * index.cos_TR.shape[1] <= self._kept[1][0].head_dim, index.cos_TR.shape
+        assert x_TI.shape == (index.n_tokens, self._hidden), x_TI.shape
+        assert 2 * len(index.freqs_R) <= self._kept[1][0].head_dim, index.freqs_R.shape
         y_TI = torch.empty_like(x_TI)
         self._layers.run(_address(x_TI), _native_batch(index), y_TI.data_ptr())
         return y_TI
@@ -203,18 +202,11 @@ def _native_pages(heads: int, pages: LayerPages) -> _cpu.Pages:
 
 
 def _native_batch(index: BatchIndex) -> _cpu.Batch:
-    tokens, pairs = index.cos_TR.shape
-    sizes = [tokens, pairs, index.pair_axis == -1, len(index.spans_N4)]
-    assert index.sin_TR.shape == index.cos_TR.shape and len(index.page_T) == tokens, sizes
-    return _cpu.Batch(
-        sizes,
-        _address(index.cos_TR),
-        _address(index.sin_TR),
-        index.page_T.data_ptr(),
-        index.slot_T.data_ptr(),
-        index.spans_N4.data_ptr(),
-        index.tables.data_ptr(),
-    )
+    freqs_R = index.freqs_R
+    assert freqs_R.dtype == torch.float64 and freqs_R.is_contiguous(), freqs_R.dtype
+    spans = [part for rows in index.rows for part in (rows.first, rows.stop, rows.position)]
+    tables = [rows.pages.data_ptr() for rows in index.rows]
+    return _cpu.Batch(spans, tables, freqs_R.data_ptr(), len(freqs_R), index.pair_axis == -1)
 
 
 def _address(x: torch.Tensor) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
@@ -26,38 +27,63 @@ class Rows:
     position: int
     pages: torch.Tensor
 
+    def positions(self) -> torch.Tensor:
+        """Of each token, int64."""
+        return torch.arange(self.position, self.position + self.stop - self.first)
+
 
 @dataclass(frozen=True)
 class BatchIndex:
-    """Where each token's KV goes (page, slot), its angles, which elements rotate together.
+    """The segments of a batch and how their tokens turn.
 
-    `spans_N4`: the segments once more for compiled kernels, int64 (first row, stop row, position,
-    where its page table begins in `tables`).
+    The tensors are for kernels in torch and Triton, made when one asks for them, on `device`; the
+    compiled kernels make their own in less time than torch takes for one.
     """
 
     rows: tuple[Rows, ...]
-    spans_N4: torch.Tensor
-    tables: torch.Tensor
-    page_T: torch.Tensor
-    slot_T: torch.Tensor
-    cos_TR: torch.Tensor
-    sin_TR: torch.Tensor
+    freqs_R: torch.Tensor
     pair_shape: tuple[int, int]
     pair_axis: int
+    device: torch.device = torch.device("cpu")
 
     def to(self, device: torch.device) -> BatchIndex:
-        """What kernels read there; `rows` stay on the host, which cuts the work by them."""
-        if device == self.tables.device:
-            return self
-        return replace(
-            self,
-            spans_N4=self.spans_N4.to(device),
-            tables=self.tables.to(device),
-            page_T=self.page_T.to(device),
-            slot_T=self.slot_T.to(device),
-            cos_TR=self.cos_TR.to(device),
-            sin_TR=self.sin_TR.to(device),
-        )
+        """The same for kernels there; `rows` stay on the host, which cuts the work by them."""
+        return self if device == self.device else replace(self, device=device)
+
+    @property
+    def n_tokens(self) -> int:
+        """T."""
+        return self.rows[-1].stop if self.rows else 0
+
+    @cached_property
+    def tables(self) -> torch.Tensor:
+        """The page tables of all rows, one after the other."""
+        return torch.cat([at.pages for at in self.rows]).to(self.device)
+
+    @cached_property
+    def page_T(self) -> torch.Tensor:
+        """Where each token's KV goes."""
+        pages = [at.pages[at.positions() // PAGE_SLOTS] for at in self.rows]
+        return torch.cat(pages).to(self.device)
+
+    @cached_property
+    def slot_T(self) -> torch.Tensor:
+        """Its slot there."""
+        return (self._positions_T % PAGE_SLOTS).to(self.device)
+
+    @cached_property
+    def cos_TR(self) -> torch.Tensor:
+        """Float32."""
+        return angles(self._positions_T, self.freqs_R)[0].to(self.device)
+
+    @cached_property
+    def sin_TR(self) -> torch.Tensor:
+        """Float32."""
+        return angles(self._positions_T, self.freqs_R)[1].to(self.device)
+
+    @cached_property
+    def _positions_T(self) -> torch.Tensor:
+        return torch.cat([at.positions() for at in self.rows])
 
 
 def build_index(
@@ -68,30 +94,10 @@ def build_index(
 ) -> BatchIndex:
     """Lay a batch's segments out as rows; `tables` maps a request to its page table (int64)."""
     rows: list[Rows] = []
-    spans: list[tuple[int, int, int, int]] = []
-    positions: list[int] = []
-    entries: list[int] = []
-    first = before = 0
+    first = 0
     for segment in segments:
-        table, stop = tables[segment.request], first + len(segment.tokens)
-        rows.append(Rows(first, stop, segment.start, table))
-        spans.append((first, stop, segment.start, before))
-        run = range(segment.start, segment.start + len(segment.tokens))
-        positions.extend(run)
-        entries.extend(before + position // PAGE_SLOTS for position in run)
-        first, before = stop, before + len(table)
-    positions_T = torch.tensor(positions)
-    flat = torch.cat([at.pages for at in rows])
-    cos_TR, sin_TR = angles(positions_T, freqs_R)
+        stop = first + len(segment.tokens)
+        rows.append(Rows(first, stop, segment.start, tables[segment.request]))
+        first = stop
     pair_shape, pair_axis = pair_view(shape.family.rope_pairs, shape.rope_dims)
-    return BatchIndex(
-        rows=tuple(rows),
-        spans_N4=torch.tensor(spans),
-        tables=flat,
-        page_T=flat[torch.tensor(entries)],
-        slot_T=positions_T % PAGE_SLOTS,
-        cos_TR=cos_TR,
-        sin_TR=sin_TR,
-        pair_shape=pair_shape,
-        pair_axis=pair_axis,
-    )
+    return BatchIndex(tuple(rows), freqs_R, pair_shape, pair_axis)

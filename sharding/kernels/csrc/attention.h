@@ -12,7 +12,6 @@
 // Rows are the queries that share a kv head: token after token, within a token head after head.
 
 constexpr int BLOCK_SLOTS = 256;
-constexpr int PAGE = 16;
 constexpr int BLOCK_PAGES = BLOCK_SLOTS / PAGE;
 constexpr int ROW_TILE = TILE_TOKENS;
 // What is fetched ahead while a decoded token's blocks are computed: enough for a memory that takes

@@ -66,17 +66,15 @@ struct Layers {
     explicit Layers(const Kernels& kernels) : ops(kernels.ops) {}
 };
 
-Batch make_batch(std::vector<int64_t> sizes, Address cosines, Address sines, Address page,
-                 Address slot, Address spans, Address tables) {
-    Batch batch{{static_cast<int>(sizes[0]), static_cast<int>(sizes[1]), sizes[2] != 0,
-                 at<float>(cosines), at<float>(sines), at<int64_t>(page), at<int64_t>(slot)},
-                {}};
-    for (int64_t i = 0; i < sizes[3]; ++i) {
-        const int64_t* span = at<const int64_t>(spans) + i * 4;
-        batch.segments.push_back({static_cast<int>(span[0]), static_cast<int>(span[1]),
-                                  static_cast<int>(span[2]), at<const int64_t>(tables) + span[3]});
-    }
-    return batch;
+// A batch's segments: (first row, stop row, position) of each, one after the other, and the
+// addresses of their page tables.
+std::vector<Segment> make_segments(const std::vector<int>& spans,
+                                   const std::vector<Address>& tables) {
+    std::vector<Segment> segments;
+    for (size_t i = 0; i < tables.size(); ++i)
+        segments.push_back({spans.at(3 * i), spans.at(3 * i + 1), spans.at(3 * i + 2),
+                            at<const int64_t>(tables[i])});
+    return segments;
 }
 
 Pages make_pages(int heads, int kv_heads, int dim, Address keys, Address values) {
@@ -98,6 +96,10 @@ void bind_kernels(nb::class_<Kernels> kernels) {
         "embed",
         [](const Kernels& self, const Weight& weight, Address ids, int tokens, Address y) {
             check_order(self.ops, weight);
+            for (int t = 0; t < tokens; ++t)
+                if (at<int64_t>(ids)[t] < 0 || at<int64_t>(ids)[t] >= weight.rows())
+                    throw std::out_of_range("a row outside [0, " + std::to_string(weight.rows()) +
+                                            ")");
             embed(self.ops, weight, at<int64_t>(ids), tokens, at<float>(y));
         },
         Release());
@@ -117,14 +119,15 @@ void bind_kernels(nb::class_<Kernels> kernels) {
     kernels.def(
         "rotate_and_store",
         [](const Kernels& self, Address qkv, const Batch& batch, const Pages& pages, Address q) {
-            self.ops.rotate_and_store(at<float>(qkv), batch.turn, pages, at<float>(q));
+            self.ops.rotate_and_store(at<float>(qkv), batch.turn(), pages, at<float>(q));
         },
         Release());
     kernels.def(
         "attention",
         [](const Kernels& self, Address q, const Batch& batch, const Pages& pages, int window,
            Address y) {
-            self.ops.attention(at<float>(q), batch.segments, pages, window, nullptr, at<float>(y));
+            self.ops.attention(at<float>(q), batch.segments(), pages, window, nullptr,
+                               at<float>(y));
         },
         Release());
 }
@@ -169,9 +172,11 @@ NB_MODULE(_cpu, m) {
                  new (self) Pages(make_pages(heads, kv_heads, dim, keys, values));
              });
     nb::class_<Batch>(m, "Batch")
-        .def("__init__", [](Batch* self, std::vector<int64_t> sizes, Address cosines, Address sines,
-                            Address page, Address slot, Address spans, Address tables) {
-            new (self) Batch(make_batch(sizes, cosines, sines, page, slot, spans, tables));
+        .def("__init__", [](Batch* self, const std::vector<int>& spans,
+                            const std::vector<Address>& tables, Address frequencies, int pairs,
+                            bool adjacent) {
+            new (self)
+                Batch(make_segments(spans, tables), at<const double>(frequencies), pairs, adjacent);
         });
     nb::class_<Layers>(m, "Layers")
         .def(nb::init<const Kernels&>())

@@ -25,13 +25,13 @@ struct Between {
 
 void run_layer(const Ops& ops, const Layer& layer, const Weight* next, const float* x,
                const Batch& batch, float* y) {
-    const int tokens = batch.turn.tokens, hidden = layer.qkv->cols();
+    const int tokens = batch.turn().tokens, hidden = layer.qkv->cols();
     const Between at(layer, static_cast<size_t>(tokens));
     ops.rms_norm(x, tokens, hidden, layer.attention_norm.scale, layer.attention_norm.eps,
                  at.normed);
     matmul(ops, at.normed, tokens, *layer.qkv, nullptr, nullptr, at.wide);
-    ops.rotate_and_store(at.wide, batch.turn, layer.pages, at.q);
-    ops.attention(at.q, batch.segments, layer.pages, layer.window, layer.output, at.mixed);
+    ops.rotate_and_store(at.wide, batch.turn(), layer.pages, at.q);
+    ops.attention(at.q, batch.segments(), layer.pages, layer.window, layer.output, at.mixed);
     matmul(ops, at.mixed, tokens, *layer.output, layer.gate_up, x, y);
     ops.rms_norm(y, tokens, hidden, layer.ffn_norm.scale, layer.ffn_norm.eps, at.normed);
     matmul(ops, at.normed, tokens, *layer.gate_up, layer.down, nullptr, at.wide);

@@ -4,6 +4,7 @@
 
 #include <vector>
 
+#include "batch.h"
 #include "ops.h"
 
 namespace longspan {
@@ -20,12 +21,6 @@ struct Layer {
     const Weight *qkv, *output, *gate_up, *down;
     Pages pages;
     int window;
-};
-
-// A batch as attention sees it: how its tokens turn, where they go, which request they belong to.
-struct Batch {
-    Turn turn;
-    std::vector<Segment> segments;
 };
 
 // y [T, I] = x through all layers; y may be x.

@@ -9,6 +9,9 @@
 
 namespace longspan {
 
+// Slots of a page.
+constexpr int PAGE = 16;
+
 // One segment of a batch: rows [first, stop) are one request's tokens from `position` on, whose
 // pages are table[0], table[1], ...
 struct Segment {
@@ -16,13 +19,13 @@ struct Segment {
     const int64_t* table;
 };
 
-// Sizes of attention, and one layer's FP16 pages: keys [P, G, D, 16], values [P, G, 16, D].
+// Sizes of attention, and one layer's FP16 pages: keys [P, G, D, PAGE], values [P, G, PAGE, D].
 struct Pages {
     int heads, kv_heads, dim;
     uint16_t *keys, *values;
 
     size_t at(int64_t page, int kv_head) const {
-        return (static_cast<size_t>(page) * kv_heads + kv_head) * 16 * dim;
+        return (static_cast<size_t>(page) * kv_heads + kv_head) * PAGE * dim;
     }
 };
 
