@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "numbers.h"
+#include "pool.h"
 
 namespace longspan {
 namespace {
@@ -43,6 +44,7 @@ void run_layer(const Ops& ops, const Layer& layer, const Weight* next, const flo
 
 void run_layers(const Ops& ops, const std::vector<Layer>& layers, const float* x,
                 const Batch& batch, float* y) {
+    const Pool::Run together(pool());
     for (size_t i = 0; i < layers.size(); ++i) {
         const Weight* next = i + 1 < layers.size() ? layers[i + 1].qkv : nullptr;
         run_layer(ops, layers[i], next, i ? y : x, batch, y);

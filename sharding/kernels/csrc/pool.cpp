@@ -7,7 +7,7 @@ namespace longspan {
 namespace {
 
 constexpr uint32_t OPEN = 1u << 31;
-constexpr auto PATIENCE = std::chrono::microseconds(60);
+constexpr std::chrono::microseconds PATIENCE{60}, PATIENCE_IN_RUN{200};
 constexpr int FEW_TASKS = 1500;  // pauses, some 30 microseconds
 
 inline void pause() {
@@ -73,9 +73,10 @@ void Pool::work(int thread) {
         const auto since = std::chrono::steady_clock::now();
         for (int spins = 0; job_.load(std::memory_order_acquire) == seen; ++spins) {
             pause();
-            if (spins % 64 == 63 && std::chrono::steady_clock::now() - since > PATIENCE) {
+            if (spins % 64 != 63) continue;
+            const bool in_run = runs_.load(std::memory_order_relaxed) > 0;
+            if (std::chrono::steady_clock::now() - since > (in_run ? PATIENCE_IN_RUN : PATIENCE))
                 job_.wait(seen, std::memory_order_acquire);
-            }
         }
         seen = job_.load(std::memory_order_acquire);
         if (ending_.load()) return;

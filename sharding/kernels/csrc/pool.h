@@ -16,7 +16,7 @@ namespace longspan {
 // done. The caller never waits for a worker that has not begun: where cores are short it simply
 // does all the work itself. Idle workers look for work for a few dozen microseconds, the gap
 // between two calls of a step, then sleep; several processes on the same cores do not starve one
-// another.
+// another. While a `Run` lives they look longer.
 class Pool {
   public:
     explicit Pool(int threads);
@@ -48,6 +48,19 @@ class Pool {
         share(n);
     }
 
+    // A run of jobs that follow one another within microseconds. Should another process take the
+    // caller's core for a moment, workers that slept would have to be woken up again.
+    class Run {
+      public:
+        explicit Run(Pool& pool) : pool_(pool) { pool_.runs_.fetch_add(1); }
+        ~Run() { pool_.runs_.fetch_sub(1); }
+        Run(const Run&) = delete;
+        Run& operator=(const Run&) = delete;
+
+      private:
+        Pool& pool_;
+    };
+
   private:
     struct alignas(64) Range {
         std::atomic<int> next{0};
@@ -69,6 +82,7 @@ class Pool {
     // Low half: workers inside the job, and whether it may be entered. `job_` wakes sleepers.
     alignas(64) std::atomic<uint32_t> gate_{0};
     alignas(64) std::atomic<int> job_{0};
+    std::atomic<int> runs_{0};
     std::atomic<bool> ending_{false};
     std::vector<std::thread> workers_;
 };
