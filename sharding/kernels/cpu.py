@@ -205,8 +205,13 @@ def _native_batch(index: BatchIndex) -> _cpu.Batch:
     freqs_R = index.freqs_R
     assert freqs_R.dtype == torch.float64 and freqs_R.is_contiguous(), freqs_R.dtype
     spans = [part for rows in index.rows for part in (rows.first, rows.stop, rows.position)]
-    tables = [rows.pages.data_ptr() for rows in index.rows]
+    tables = [_table(rows.pages) for rows in index.rows]
     return _cpu.Batch(spans, tables, freqs_R.data_ptr(), len(freqs_R), index.pair_axis == -1)
+
+
+def _table(pages: torch.Tensor) -> int:
+    assert pages.dtype == torch.int64 and pages.is_contiguous(), (pages.dtype, pages.stride())
+    return pages.data_ptr()
 
 
 def _address(x: torch.Tensor) -> int:
