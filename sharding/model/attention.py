@@ -57,29 +57,33 @@ class BatchIndex:
 
     @cached_property
     def tables(self) -> torch.Tensor:
-        """The page tables of all rows, one after the other."""
+        """The page tables of all rows, one after the other, int64."""
         return torch.cat([at.pages for at in self.rows]).to(self.device)
 
     @cached_property
     def page_T(self) -> torch.Tensor:
-        """Where each token's KV goes."""
+        """The page of each token's KV, int64 `[T]`."""
         pages = [at.pages[at.positions() // PAGE_SLOTS] for at in self.rows]
         return torch.cat(pages).to(self.device)
 
     @cached_property
     def slot_T(self) -> torch.Tensor:
-        """Its slot there."""
+        """Its slot there, int64 `[T]`."""
         return (self._positions_T % PAGE_SLOTS).to(self.device)
 
     @cached_property
     def cos_TR(self) -> torch.Tensor:
-        """Float32."""
-        return angles(self._positions_T, self.freqs_R)[0].to(self.device)
+        """Cosines of each token's angles, float32 `[T, R]`."""
+        return self._angles[0].to(self.device)
 
     @cached_property
     def sin_TR(self) -> torch.Tensor:
-        """Float32."""
-        return angles(self._positions_T, self.freqs_R)[1].to(self.device)
+        """Their sines."""
+        return self._angles[1].to(self.device)
+
+    @cached_property
+    def _angles(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return angles(self._positions_T, self.freqs_R)
 
     @cached_property
     def _positions_T(self) -> torch.Tensor:
