@@ -27,7 +27,7 @@ except ImportError as missing:
 if TYPE_CHECKING:
     from sharding.gguf.reader import GGUFFile, TensorInfo
     from sharding.kernels import BlockWeights, Weight
-    from sharding.model.attention import BatchIndex
+    from sharding.model.attention import BatchIndex, Rows
     from sharding.model.kv_cache import LayerPages
 
 INSTRUCTION_SETS: tuple[str, ...] = tuple(_cpu.instruction_sets())
@@ -205,12 +205,15 @@ def _native_batch(index: BatchIndex) -> _cpu.Batch:
     freqs_R = index.freqs_R
     assert freqs_R.dtype == torch.float64 and freqs_R.is_contiguous(), freqs_R.dtype
     spans = [part for rows in index.rows for part in (rows.first, rows.stop, rows.position)]
-    tables = [_table(rows.pages) for rows in index.rows]
+    tables = [_table(rows) for rows in index.rows]
     return _cpu.Batch(spans, tables, freqs_R.data_ptr(), len(freqs_R), index.pair_axis == -1)
 
 
-def _table(pages: torch.Tensor) -> int:
+def _table(rows: Rows) -> int:
+    pages, stop = rows.pages, rows.position + rows.stop - rows.first
     assert pages.dtype == torch.int64 and pages.is_contiguous(), (pages.dtype, pages.stride())
+    # The C++ reads as many entries as the positions ask for.
+    assert rows.position >= 0 and stop <= len(pages) * PAGE_SLOTS, (rows.position, stop, len(pages))
     return pages.data_ptr()
 
 
