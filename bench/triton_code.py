@@ -30,14 +30,14 @@ from triton.compiler import ASTSource, CompiledKernel
 
 from bench.report import Report
 from sharding.kernels import triton_attention, triton_matmul, triton_products, triton_rows
-from sharding.kernels.planes import FLOAT_COLUMNS, PLANES, WORDS, Planes
+from sharding.kernels.planes import BLOCK, FLOAT_COLUMNS, PLANES, Planes
 
 Constants = dict[str, int | bool | str]
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _FLOATS = {"eps", "scale", "factor"}
 # Integers that are multiples of 16 in models of any size; Triton compiles for that. It also makes a
 # constant of an integer that is 1.
-_EVEN = {"cols", "padded", "rows", "cut_stride", "width", "y_cols"}
+_EVEN = {"cols", "padded", "rows", "width", "y_cols"}
 
 
 @dataclass(frozen=True)
@@ -74,42 +74,35 @@ class Kernel:
 def products() -> Iterator[Kernel]:
     """The ways of a product, in every format."""
     tiles = triton_products.Tiles()
-    pointers = {"halves": "fp16", "sums": "fp32", "y": "fp32", "codes": "i8", "ids": "i64"}
-    pointers |= {"out": "fp16"}
+    pointers = {"x": "fp32", "factors": "fp32", "y": "fp32", "residual": "fp32"}
+    pointers |= {"partials": "fp32", "counters": "i32", "digits": "i8", "sums": "i32"}
+    pointers |= {"halves": "fp16", "codes": "i8", "ids": "i64", "out": "fp16"}
     names = {"f32": "fp32", "f16": "fp16", "bf16": "bf16"}
     for name, planes in PLANES.items():
-        for tokens in (1, 16):
-            size: Constants = {
-                "N": triton_products.prepared_columns(tokens), "ROWS": tiles.rows,
-            }  # fmt: skip
-            if planes.quantised:
-                pointers |= {
-                    "low": "i16" if planes.low_bits == 2 else "i32",
-                    "high": "i16" if planes.high_bits == 2 else "u8",
-                    "scales": "i16" if planes.minimum else "i8",
-                    "units": "i32" if planes.minimum else "fp16",
-                }
-                constants = size | _format(planes)
-                weights = tiles.rows * WORDS * planes.columns
-                function = triton_matmul._few
-            else:
-                pointers |= {"low": names[planes.kind]}
-                constants = size | {"EXACT": planes.kind == "f16"}
-                weights = tiles.rows * FLOAT_COLUMNS
-                function = triton_matmul._few_floats
-            yield Kernel(
-                f"few {name} T{tokens}", function, dict(pointers), constants, tiles.warps, weights
-            )
         if planes.quantised:
-            constants = {"GATHER": False, "ROWS": tiles.spread_rows, **_format(planes)}
-            weights = tiles.spread_rows * WORDS * planes.columns
-            yield Kernel(
-                f"spread {name}", triton_matmul._spread, dict(pointers), constants, 4, weights
-            )
+            pointers |= {"low": "u8", "high": "u8", "scales": "i32"}
+            pointers |= {"units": "i32" if planes.minimum else "fp16"}
+        else:
+            pointers |= {"low": names[planes.kind]}
+        for tokens in (1, 16):
+            size: Constants = {"ROWS": tiles.rows, "RESIDUAL": True}
+            if planes.quantised:
+                size |= {"N": 4 * max(2, tokens)} | _format(planes)
+                function, warps = triton_matmul._few, triton_products.warps_of(tokens)
+                weights = tiles.rows * BLOCK
+            else:
+                size |= {"N": 2 * max(4, tokens), "EXACT": planes.kind == "f16"}
+                function, warps = triton_matmul._few_floats, 2
+                weights = tiles.rows * FLOAT_COLUMNS
+            yield Kernel(f"few {name} T{tokens}", function, dict(pointers), size, warps, weights)
+        if planes.quantised:
+            size = {"GATHER": False, "ROWS": tiles.spread_rows, **_format(planes)}
+            weights = tiles.spread_rows * BLOCK
+            yield Kernel(f"spread {name}", triton_matmul._spread, dict(pointers), size, 1, weights)
 
 
 def _format(planes: Planes) -> Constants:
-    keys = ("COLUMNS", "LOW", "HIGH", "OFFSET", "GROUP", "UNIT", "SCALED", "MINIMUM", "CODED")
+    keys = ("ASM", "LOW", "HIGH", "PLACE", "GROUP", "SCALED", "MINIMUM", "CODED")
     return dict(zip(keys, triton_products.constants(planes), strict=True))
 
 
@@ -126,6 +119,12 @@ def attentions() -> Iterator[Kernel]:
         "tables": "i64",
         "rows": "i32",
     }
+    yield Kernel(
+        "round_queries",
+        triton_attention._round_queries,
+        {"q": "fp32", "out": "fp16"},
+        {"SIZE": 4096},
+    )
     for dim in (64, 128, 256):
         head: Constants = {"DIM": dim, "DIMS": dim}
         for rows in (16, triton_attention.FINE_ROWS):
@@ -149,7 +148,7 @@ def attentions() -> Iterator[Kernel]:
         yield Kernel(
             f"attention D{dim}, a chunk",
             triton_attention._attend,
-            pointers,
+            pointers | {"q": "fp16"},
             head | constants,
             tiles.warps,
         )
@@ -179,13 +178,13 @@ def rows() -> Iterator[Kernel]:
         {"scaled": "fp64", "best": "fp64", "ids": "i32", "seed": "i64", "position": "i64"},
         {"SIZE": triton_rows.DRAW_BLOCK},
     )
-    yield Kernel(
-        "prepare",
-        triton_matmul._prepare,
-        x | {"halves": "fp16", "sums": "fp32", "factors": "fp32"},
-        {"N": 8, "GROUP": 32, "COLUMNS": triton_products.Tiles().columns},
-    )
+    digits = x | {"digits": "i8", "factors": "fp32", "sums": "i32"}
+    size: Constants = {"N": 8, "GROUP": 32, "BLOCKS": triton_products.Tiles().blocks}
+    yield Kernel("digits", triton_matmul._digits, digits, size)
     halves = {"out": "fp16", "factors": "fp32"}
+    columns = triton_products.Tiles().columns
+    of_eight: Constants = {"N": 8, "COLUMNS": columns}
+    yield Kernel("halves", triton_matmul._halves, x | halves, of_eight, 8)
     yield Kernel("halve", triton_matmul._halve, x | halves, {"COLUMNS": 1024})
     yield Kernel(
         "finish",
@@ -213,7 +212,7 @@ def figures(compiled: CompiledKernel) -> dict[str, int]:
         "instructions": len(names) - names.count("NOP"),
         "wide_loads": sum(name.endswith(".128") for name in loads),
         "narrow_loads": sum(not name.endswith((".128", ".64")) for name in loads),
-        "products": sum(name.startswith(("HMMA", "HGMMA")) for name in names),
+        "products": sum(name.startswith(("HMMA", "HGMMA", "IMMA")) for name in names),
     }
 
 

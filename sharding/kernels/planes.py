@@ -1,20 +1,21 @@
 """How the Triton kernels lay a weight out, as a table: the planes of each GGUF format.
 
-A matrix `[O, I]` of a format becomes planes, each `[O, ...]` and row-major, so that neighbouring
-threads read neighbouring bytes and every load is aligned:
+A matrix `[O, I]` of a format becomes planes, so that every load is aligned and neighbouring threads
+read neighbouring bytes. Columns come in blocks of 256 and groups of 32; rows are padded with zeros
+to whole blocks.
 
-    low      the low bits of every stored integer, c columns to a word: 4 bits, c = 8, and 8 bits,
-             c = 4, in int32; 2 bits, c = 8, in int16. Of a block of 32 words, 32 c columns, field j
-             of word w is column 32 j + w: field by field, words are whole groups
-    high     the bits above, likewise: 1 bit -> uint8, 2 bits -> int16
-    scales   int8 per group, if the format scales its groups' scale once more; with minima int16,
-             scale and minimum
-    units    d, FP16 per unit; with minima int32, d and m
+    low      uint8, the low bits of every stored integer, row-major. Byte i of a run of 32 holds
+             columns i, 32 + i, 64 + i and so on of the run, the first lowest: 2, 4 or 8 bits each
+    high     the bits above, likewise: 1 or 2 bits each
+    scales   int32 `[words, O]`, if the format scales its groups' scale once more: four numbers of 8
+             bits, those of neighbouring groups of a row; with minima scale, minimum, scale, minimum
+    units    `[units of a row, O]`, d, FP16; with minima int32, d and m
 
     weight = d * scale * (q - offset) + m * minimum
 
-(for IQ4, q is looked up in a table of 16; K formats subtract minima, so m is stored negated). Rows
-are padded with zeros to whole blocks. Float formats have one plane, the numbers themselves.
+Where there is an offset, the highest bit of q is stored inverted: q - offset in two's complement.
+For IQ4, q is looked up in a table of 16; K formats subtract minima, so m is stored negated. Float
+formats have one plane, the numbers themselves.
 
 Neither torch nor Triton here: the planner counts with this table. Splitting is `triton_weights.py`.
 """
@@ -25,8 +26,11 @@ from dataclasses import dataclass
 
 from sharding.gguf.reader import TensorInfo
 
-WORDS = 32
-"""Words of a block."""
+RUN = 32
+"""Bytes of a run of integers; the columns that one product of bytes meets."""
+
+BLOCK = 256
+"""Columns of a block."""
 
 FLOAT_COLUMNS = 64
 """Columns of the float formats are padded with zeros to a multiple of this."""
@@ -55,26 +59,31 @@ class Planes:
         return self.kind == "int"
 
     @property
-    def columns(self) -> int:
-        """Columns of a word of the low plane."""
-        return 8 if self.low_bits <= 4 else 32 // self.low_bits
+    def bits(self) -> int:
+        """Of an integer."""
+        return self.low_bits + self.high_bits
+
+    @property
+    def place(self) -> int:
+        """Where a byte's lowest bit of an integer is, so that its highest is the byte's sign."""
+        return 8 - self.bits if self.offset else 0
 
     @property
     def largest(self) -> int:
         """Bound on |q - offset|, for the range of dequantised weights."""
         if self.coded:
             return 128
-        return max(self.offset, (1 << self.low_bits + self.high_bits) - 1 - self.offset)
+        return max(self.offset, (1 << self.bits) - 1 - self.offset)
 
     def padded(self, cols: int) -> int:
         """Columns as stored."""
-        whole = WORDS * self.columns if self.quantised else FLOAT_COLUMNS
+        whole = BLOCK if self.quantised else FLOAT_COLUMNS
         return -(-cols // whole) * whole
 
     def row_bytes(self, cols: int) -> int:
         """Bytes of all planes for a row of so many columns."""
         cols = self.padded(cols)
-        total = cols * (self.low_bits + self.high_bits) // 8
+        total = cols * self.bits // 8
         if self.quantised:
             total += cols // self.group * (self.scaled + (self.scaled and self.minimum))
             total += cols // self.unit * 2 * (1 + self.minimum)

@@ -77,12 +77,6 @@ def _split(values):
 
 
 @triton.jit
-def _page(table, slot_N, there_N):
-    """Each slot's page and its place in that."""
-    return tl.load(table + slot_N // _PAGE, mask=there_N, other=0), slot_N % _PAGE
-
-
-@triton.jit
 def _seen(score_RN, slot_N, last_R, stop, window):
     """Scores; those of slots that a row does not see are -inf."""
     seen = (slot_N[None, :] <= last_R[:, None]) & (slot_N < stop)[None, :]
@@ -92,13 +86,67 @@ def _seen(score_RN, slot_N, last_R, stop, window):
 
 
 @triton.jit
-def _weigh(score_RN, most_R):
+def _weigh(score_RN, most_R, MASKED: tl.constexpr):
     """The largest scores so far, the slots' weights, and what former sums shrink by."""
     higher_R = tl.maximum(most_R, tl.max(score_RN, axis=1))
-    # A row that has seen nothing yet has no largest score to subtract.
-    shift_R = tl.where(higher_R == float("-inf"), 0.0, higher_R) - _RAISED
+    shift_R = higher_R - _RAISED
+    if MASKED:  # a row that has seen nothing yet has no largest score to subtract
+        shift_R = tl.where(higher_R == float("-inf"), 0.0, higher_R) - _RAISED
     weight_RN = tl.exp2(score_RN - shift_R[:, None])
     return higher_R, weight_RN, tl.exp2(most_R - _RAISED - shift_R)
+
+
+@triton.jit
+def _round_queries(q, out, scale, count, SIZE: tl.constexpr):
+    """Queries times the scale of scores, as FP16."""
+    at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    value = tl.load(q + at, mask=at < count, other=0.0) * scale
+    tl.store(out + at, value.to(tl.float16), mask=at < count)
+
+
+@triton.jit
+def _step(
+    keys, values, table, upper_RD, lower_RD, most_R, total_R, mixed_RD, last_R, begin, stop, window,
+    kv_head, kv_heads, DIM: tl.constexpr, DIMS: tl.constexpr, SLOTS: tl.constexpr,
+    FINE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Rows meet slots from `begin` on: unless MASKED, every row sees all SLOTS of them."""
+    d = tl.arange(0, DIMS)
+    slot_N = begin + tl.arange(0, SLOTS)
+    # Keys by whole pages: a mask by slots would make loads of two bytes.
+    there_N = slot_N // _PAGE * _PAGE < stop
+    if MASKED:
+        page_N = tl.load(table + slot_N // _PAGE, mask=there_N, other=0)
+    else:
+        page_N = tl.load(table + slot_N // _PAGE)
+    page_N = (page_N * kv_heads + kv_head) * (DIM * _PAGE)
+    key_DN = keys + page_N[None, :] + d[:, None] * _PAGE + (slot_N % _PAGE)[None, :]
+    value_ND = values + page_N[:, None] + (slot_N % _PAGE)[:, None] * DIM + d[None, :]
+    # What a former request left beyond the item's slots may be infinite: 0 times that is NaN.
+    if MASKED:
+        k_DN = tl.load(key_DN, mask=(d < DIM)[:, None] & there_N[None, :], other=0.0)
+        v_ND = tl.load(value_ND, mask=(slot_N < stop)[:, None] & (d < DIM)[None, :], other=0.0)
+    elif DIM < DIMS:
+        k_DN = tl.load(key_DN, mask=(d < DIM)[:, None], other=0.0)
+        v_ND = tl.load(value_ND, mask=(d < DIM)[None, :], other=0.0)
+    else:
+        k_DN = tl.load(key_DN)
+        v_ND = tl.load(value_ND)
+    score_RN = tl.dot(upper_RD, k_DN)
+    if FINE:
+        score_RN = tl.dot(lower_RD, k_DN, score_RN)
+    if MASKED:
+        score_RN = _seen(score_RN, slot_N, last_R, stop, window)
+    most_R, weight_RN, shrink_R = _weigh(score_RN, most_R, MASKED)
+    total_R = total_R * shrink_R + tl.sum(weight_RN, axis=1)
+    mixed_RD *= shrink_R[:, None]
+    if FINE:
+        upper_RN, lower_RN = _split(weight_RN)
+        mixed_RD = tl.dot(upper_RN, v_ND, mixed_RD)
+        mixed_RD = tl.dot(lower_RN, v_ND, mixed_RD)
+    else:
+        mixed_RD = tl.dot(weight_RN.to(tl.float16), v_ND, mixed_RD)
+    return most_R, total_R, mixed_RD
 
 
 @triton.jit
@@ -107,8 +155,9 @@ def _attend(
     DIM: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
     FINE: tl.constexpr,
 ):  # fmt: skip
-    """One item and kv head. Chunks go to `y`; fine parts to `partials`, as
-    `[part, G, part_rows, DIM + 2]`: the mix of values, the largest score and the sum of weights."""
+    """One item and kv head. Chunks, whose queries are scaled FP16 already, go to `y`; fine parts to
+    `partials`, as `[part, G, part_rows, DIM + 2]`: the mix of values, the largest score and the sum
+    of weights."""
     item = items + tl.program_id(0) * 8
     first, position, table = tl.load(item), tl.load(item + 1), tl.load(item + 2)
     row_start, row_stop = tl.load(item + 3), tl.load(item + 4)
@@ -121,36 +170,29 @@ def _attend(
     inside = (row_R < row_stop)[:, None] & (d < DIM)[None, :]
     token_R = (first + row_R // shared).to(tl.int64)
     at = (token_R * heads + kv_head * shared + row_R % shared) * DIM
-    q_RD = tl.load(q + at[:, None] + d[None, :], mask=inside, other=0.0) * scale
-    upper_RD, lower_RD = _split(q_RD)
+    q_RD = tl.load(q + at[:, None] + d[None, :], mask=inside, other=0.0)
+    if FINE:
+        upper_RD, lower_RD = _split(q_RD * scale)
+    else:
+        upper_RD = q_RD
+        lower_RD = q_RD
     most_R = tl.full([ROWS], float("-inf"), tl.float32)
     total_R = tl.zeros([ROWS], tl.float32)
     mixed_RD = tl.zeros([ROWS, DIMS], tl.float32)
-    for begin in range(start, stop, SLOTS):
-        slot_N = begin + tl.arange(0, SLOTS)
-        # Keys by whole pages: a mask by slots would make loads of two bytes.
-        there_N = slot_N // _PAGE * _PAGE < stop
-        page_N, within_N = _page(tables + table, slot_N, there_N)
-        page_N = (page_N * kv_heads + kv_head) * (DIM * _PAGE)
-        key_DN = keys + page_N[None, :] + d[:, None] * _PAGE + within_N[None, :]
-        k_DN = tl.load(key_DN, mask=(d < DIM)[:, None] & there_N[None, :], other=0.0)
-        score_RN = tl.dot(upper_RD, k_DN)
-        if FINE:
-            score_RN = tl.dot(lower_RD, k_DN, score_RN)
-        score_RN = _seen(score_RN, slot_N, last_R, stop, window)
-        most_R, weight_RN, shrink_R = _weigh(score_RN, most_R)
-        total_R = total_R * shrink_R + tl.sum(weight_RN, axis=1)
-        mixed_RD *= shrink_R[:, None]
-        # What a former request left beyond the item's slots may be infinite: 0 times that is NaN.
-        v_ND = tl.load(
-            values + page_N[:, None] + within_N[:, None] * DIM + d[None, :],
-            mask=(slot_N < stop)[:, None] & (d < DIM)[None, :],
-            other=0.0,
-        )
-        upper_RN, lower_RN = _split(weight_RN)
-        mixed_RD = tl.dot(upper_RN, v_ND, mixed_RD)
-        if FINE:
-            mixed_RD = tl.dot(lower_RN, v_ND, mixed_RD)
+    # Slots that every row sees need no mask.
+    certain = start
+    if window == 0:
+        certain += (tl.minimum(position + row_start // shared + 1, stop) - start) // SLOTS * SLOTS
+    for begin in range(start, certain, SLOTS):
+        most_R, total_R, mixed_RD = _step(
+            keys, values, tables + table, upper_RD, lower_RD, most_R, total_R, mixed_RD, last_R,
+            begin, stop, window, kv_head, kv_heads, DIM, DIMS, SLOTS, FINE, False,
+        )  # fmt: skip
+    for begin in range(certain, stop, SLOTS):
+        most_R, total_R, mixed_RD = _step(
+            keys, values, tables + table, upper_RD, lower_RD, most_R, total_R, mixed_RD, last_R,
+            begin, stop, window, kv_head, kv_heads, DIM, DIMS, SLOTS, FINE, True,
+        )  # fmt: skip
     if FINE:
         part = (tl.load(item + 7) * kv_heads + kv_head) * part_rows + tl.arange(0, ROWS)
         to = partials + part.to(tl.int64) * (DIM + 2)
@@ -285,8 +327,11 @@ def attend(
     y_TX = torch.empty_like(q_TX)
     keys, values, scale = pages.k_PGDS, pages.v_PGSD, _LOG2_E * dim**-0.5
     if work.chunks is not None:
+        half_TX = torch.empty_like(q_TX, dtype=torch.float16)
+        count = q_TX.numel()
+        _round_queries[(triton.cdiv(count, 4096),)](q_TX, half_TX, scale, count, 4096)
         _attend[(len(work.chunks), kv_heads)](
-            q_TX, keys, values, y_TX, y_TX, work.chunks, index.tables, heads, kv_heads, window,
+            half_TX, keys, values, y_TX, y_TX, work.chunks, index.tables, heads, kv_heads, window,
             0, scale, dim, dims, tiles.rows_of(dim), tiles.slots_of(dim, fine=False), False,
             num_warps=tiles.warps,
         )  # fmt: skip

@@ -1,6 +1,6 @@
 """The Triton kernels of products with weights in planes, and of their rows.
 
-    T tokens, I inputs, O outputs, N columns of prepared activations, B blocks of a row
+    T tokens, I inputs, O outputs, N columns of digits (four a token), B blocks of a row
 
 Who calls which, and in what sizes: `triton_products.py`. Layout: `planes.py`.
 """
@@ -10,82 +10,98 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sharding.kernels.planes import FLOAT_COLUMNS, WORDS
+from sharding.kernels.planes import BLOCK, FLOAT_COLUMNS, RUN
 
-_WORDS = tl.constexpr(WORDS)
+_RUN = tl.constexpr(RUN)
+_BLOCK = tl.constexpr(BLOCK)
 _FLOAT_COLUMNS = tl.constexpr(FLOAT_COLUMNS)
-_FP16_1024 = tl.constexpr(0x6400)
 
 
 @triton.jit
-def _fp16(bits):
-    """The number whose bits are the lowest 16."""
-    return bits.to(tl.int16).to(tl.float16, bitcast=True)
+def _bits(packed, left: tl.constexpr, mask: tl.constexpr, ASM: tl.constexpr):
+    """Bits of each byte under `mask`, after a shift to the left (right where negative).
+
+    In assembly four bytes at a time: Triton's compiler takes them apart."""
+    # What Triton compiles has one `return`: what followed another would be compiled as well.
+    if ASM and left > 0:
+        found = tl.inline_asm_elementwise(
+            f"{{ shl.b32 $0, $1, {left}; and.b32 $0, $0, {mask * 0x01010101}; }}", "=r,r",
+            [packed], dtype=tl.uint8, is_pure=True, pack=4,
+        )  # fmt: skip
+    elif ASM:
+        found = tl.inline_asm_elementwise(
+            f"{{ shr.u32 $0, $1, {-left}; and.b32 $0, $0, {mask * 0x01010101}; }}", "=r,r",
+            [packed], dtype=tl.uint8, is_pure=True, pack=4,
+        )  # fmt: skip
+    elif left > 0:
+        found = (packed << left) & mask
+    else:
+        found = (packed >> -left) & mask
+    return found
 
 
 @triton.jit
-def _shifted(bits, left: tl.constexpr):
-    """Shifted left, or right where `left` is negative."""
-    return bits << left if left >= 0 else bits >> -left
+def _joined(one, other, ASM: tl.constexpr):
+    """The bits of both."""
+    if ASM:
+        found = tl.inline_asm_elementwise(
+            "or.b32 $0, $1, $2;", "=r,r,r", [one, other], dtype=tl.uint8, is_pure=True, pack=4
+        )
+    else:
+        found = one | other
+    return found
 
 
 @triton.jit
 def _integers(
-    word, upper, codes, j: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-    OFFSET: tl.constexpr, CODED: tl.constexpr,
+    low, high, codes, k: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, PLACE: tl.constexpr,
+    CODED: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Field j of each word, less the offset, FP16, exact, and times 2^place: where it lies in its
-    byte it need not be shifted. As the last bits of 1024 it needs no conversion either."""
-    # What Triton compiles has one `return`: what followed another would be compiled as well.
+    """Of column 32 k + i of a block, int8 and exact, times 2^PLACE."""
+    found = low
+    if LOW < 8:
+        left: tl.constexpr = PLACE - k % (8 // LOW) * LOW
+        found = _bits(low, left, ((1 << LOW) - 1) << PLACE, ASM)
+    if HIGH > 0:
+        upper: tl.constexpr = PLACE + LOW - k % (8 // HIGH) * HIGH
+        bits = _bits(high, upper, ((1 << HIGH) - 1) << (PLACE + LOW), ASM)
+        found = _joined(found, bits, ASM)
     if CODED:
-        values = tl.load(codes + ((word >> (j * LOW)) & ((1 << LOW) - 1))).to(tl.float16)
+        values = tl.load(codes + found.to(tl.int32))
     else:
-        byte = word >> (j * LOW // 8 * 8)
-        q = byte & (((1 << LOW) - 1) << (j * LOW % 8))
-        if HIGH > 0:
-            high = _shifted(upper, j * LOW % 8 + LOW - j * HIGH)
-            q |= high & (((1 << HIGH) - 1) << (j * LOW % 8 + LOW))
-        values = _fp16(q | _FP16_1024) - (1024.0 + (OFFSET << (j * LOW % 8)))
+        values = found.to(tl.int8, bitcast=True)
     return values
 
 
 @triton.jit
-def _unplaced(j: tl.constexpr, LOW: tl.constexpr, CODED: tl.constexpr):
-    """What undoes the place of field j."""
-    return 1.0 if CODED else 1.0 / (1 << (j * LOW % 8))
-
-
-@triton.jit
-def _unit(units, at, mask, MINIMUM: tl.constexpr):
-    """d and m of units, float32 (d twice if there is no m)."""
+def _unit(units, at, mask, PLACE: tl.constexpr, MINIMUM: tl.constexpr):
+    """d and m of units, float32 (d twice if there is no m); d undoes the integers' place."""
     bits = tl.load(units + at, mask=mask, other=0)
     if MINIMUM:
-        d, m = _fp16(bits).to(tl.float32), _fp16(bits >> 16).to(tl.float32)
+        d = bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        m = (bits >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     else:
         d = bits.to(tl.float32)
         m = d
-    return d, m
+    return d * (1.0 / (1 << PLACE)), m
 
 
 @triton.jit
-def _group(scales, at, d, m, mask, SCALED: tl.constexpr, MINIMUM: tl.constexpr):
-    """What multiplies and what is added in groups, float32, exact."""
-    scale, minimum = d, m
-    if SCALED:
-        both = tl.load(scales + at, mask=mask, other=0)
-        if MINIMUM:
-            scale = d * (both & 255).to(tl.float32)
-            minimum = m * (both >> 8).to(tl.float32)
-        else:
-            scale = d * both.to(tl.float32)
-    return scale, minimum
+def _byte(word, at, SIGNED: tl.constexpr):
+    """Byte `at` of a word, as a number."""
+    if SIGNED:
+        found = (word << (24 - 8 * at)) >> 24
+    else:
+        found = (word >> (8 * at)) & 255
+    return found
 
 
 @triton.jit
-def _raised(largest):
-    """The power of two that brings a positive number to [2^13, 2^14), and its inverse."""
+def _power(largest, bits: tl.constexpr):
+    """The power of two that brings a positive number to [2^(bits - 1), 2^bits), and its inverse,
+    both within the normal range."""
     exponent = largest.to(tl.int32, bitcast=True) >> 23
-    raised = tl.minimum(tl.maximum(267 - exponent, 1), 253)
+    raised = tl.minimum(tl.maximum(253 + bits - exponent, 1), 253)
     up = (raised << 23).to(tl.float32, bitcast=True)
     return up, ((254 - raised) << 23).to(tl.float32, bitcast=True)
 
@@ -101,122 +117,206 @@ def _largest(x, cols, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _prepare(
-    x, halves, sums, factors, tokens, cols, padded, N: tl.constexpr, GROUP: tl.constexpr,
-    COLUMNS: tl.constexpr,
+def _digits(
+    x, digits, factors, sums, tokens, cols, blocks, N: tl.constexpr, GROUP: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Token t's activations, scaled, as two FP16 numbers: `halves` `[padded, N]`, the upper ones in
-    column t, the lower ones in column N / 2 + t; `sums` `[padded / GROUP, N]` of groups. Columns
-    of no token are zeros."""
+    """Activations of some blocks of a token in fixed point, as three digits to the base 256.
+
+    Of token t, `digits[4 t + j]` times `factors[block, 4 t + j]` are, together, its activations:
+    integers of 22 bits and a sign times the block's power of two. `sums` are those of the digits
+    of each group. What is not finite makes its block's factors NaN. Columns of no token are 0."""
+    t = tl.program_id(0)
+    block_B = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
+    column_BI = block_B[:, None] * _BLOCK + tl.arange(0, _BLOCK)[None, :]
+    mask_BI = (column_BI < cols) & (t < tokens)
+    value_BI = tl.load(x + t.to(tl.int64) * cols + column_BI, mask=mask_BI, other=0.0)
+    finite_BI = tl.abs(value_BI) < float("inf")
+    value_BI = tl.where(finite_BI, value_BI, 0.0)
+    up_B, down_B = _power(tl.max(tl.abs(value_BI), axis=1), 22)
+    down_B = tl.where(tl.min(finite_BI.to(tl.int32), axis=1) == 1, down_B, float("nan"))
+    whole_BI = tl.floor(value_BI * up_B[:, None] + 0.5).to(tl.int32)
+    there_B = block_B < blocks
+    groups: tl.constexpr = _BLOCK // GROUP
+    for j in tl.static_range(4):
+        # The lowest first, each from -128 to 127; after three nothing is left.
+        digit_BI = ((whole_BI + 128) & 255) - 128 if j < 3 else whole_BI * 0
+        whole_BI = (whole_BI - digit_BI) >> 8
+        n = t * 4 + j
+        if j < 3:
+            to = digits + n.to(tl.int64) * (blocks * _BLOCK) + column_BI
+            tl.store(to, digit_BI.to(tl.int8), mask=there_B[:, None])
+        factor_B = down_B * (1 << (8 * j)) if j < 3 else down_B * 0.0
+        tl.store(factors + block_B * N + n, factor_B, mask=there_B)
+        sum_BG = tl.sum(tl.reshape(digit_BI, [BLOCKS, groups, GROUP]), axis=2)
+        group_BG = block_B[:, None] * groups + tl.arange(0, groups)[None, :]
+        tl.store(sums + group_BG * N + n, sum_BG, mask=there_B[:, None])
+
+
+@triton.jit
+def _deliver(
+    y_OT, y, residual, partials, counters, row_O, rows, y_cols, tokens, cuts, TOKENS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """A cut's share of `y[t, o]`. Whoever delivers the last of a tile adds them all up in order,
+    and the residual."""
+    t = tl.arange(0, TOKENS)
+    mask = (row_O < rows)[:, None] & (t < tokens)[None, :]
+    to = row_O[:, None] + t[None, :] * y_cols
+    if cuts == 1:
+        if RESIDUAL:
+            y_OT = tl.load(residual + to, mask=mask, other=0.0) + y_OT
+        tl.store(y + to, y_OT, mask=mask)
+    else:
+        part = partials + row_O[:, None] + t[None, :] * rows
+        tl.store(part + tl.program_id(1) * (tokens * rows), y_OT, mask=mask)
+        # All threads' stores come before the count, and the count before the sums.
+        tl.debug_barrier()
+        counter = counters + tl.program_id(0)
+        if tl.atomic_add(counter, 1, sem="acq_rel") == cuts - 1:
+            total_OT = tl.load(part, mask=mask, other=0.0, cache_modifier=".cg")
+            for cut in range(1, cuts):
+                at = part + cut * (tokens * rows)
+                total_OT += tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
+            if RESIDUAL:
+                total_OT = tl.load(residual + to, mask=mask, other=0.0) + total_OT
+            tl.store(y + to, total_OT, mask=mask)
+            tl.store(counter, 0)
+
+
+@triton.jit
+def _few(
+    digits, factors, sums, y, residual, partials, counters, low, high, scales, units, codes, rows,
+    blocks, y_cols, tokens, cuts, N: tl.constexpr, ROWS: tl.constexpr, RESIDUAL: tl.constexpr,
+    ASM: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, PLACE: tl.constexpr,
+    GROUP: tl.constexpr, SCALED: tl.constexpr, MINIMUM: tl.constexpr, CODED: tl.constexpr,
+):  # fmt: skip
+    """`residual + x @ weight.T` of some rows: products of bytes, exact in int32, group by group."""
+    row_O = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    there_O = row_O < rows
+    n, i = tl.arange(0, N), tl.arange(0, _RUN)
+    digit_N = n % 4 < 3
+    digit_N1 = digits + (n * (blocks * _BLOCK))[:, None]
+    low_O1 = low + (row_O.to(tl.int64) * (blocks * (_RUN * LOW)))[:, None]
+    high_O1 = high + (row_O.to(tl.int64) * (blocks * (_RUN * HIGH)))[:, None]
+    parts: tl.constexpr = _RUN // GROUP
+    each: tl.constexpr = 2 if MINIMUM else 1
+    words: tl.constexpr = 8 * parts * each // 4
+    length = tl.cdiv(blocks, cuts)
+    first = tl.program_id(1) * length
+    y_ON = tl.zeros([ROWS, N], tl.float32)
+    for block in range(first, tl.minimum(blocks, first + length)):
+        sum_ON = tl.zeros([ROWS, N], tl.float32)
+        if SCALED:
+            d_O, m_O = _unit(units, block * rows + row_O, there_O, PLACE, MINIMUM)
+            met_ON = tl.zeros([ROWS, N], tl.int32)
+            least_ON = tl.zeros([ROWS, N], tl.int32)
+        for k in tl.static_range(8):
+            if k * LOW % 8 == 0:
+                run = (block * LOW + k * LOW // 8) * _RUN + i
+                low_OI = tl.load(low_O1 + run[None, :], mask=there_O[:, None], other=0)
+            if HIGH == 0:
+                high_OI = low_OI
+            elif k * HIGH % 8 == 0:
+                run = (block * HIGH + k * HIGH // 8) * _RUN + i
+                high_OI = tl.load(high_O1 + run[None, :], mask=there_O[:, None], other=0)
+            q_OI = _integers(low_OI, high_OI, codes, k, LOW, HIGH, PLACE, CODED, ASM)
+            for part in tl.static_range(parts):
+                # Half a run at a time meets zeros in place of the other half.
+                own_NI = digit_N[:, None] & (i // GROUP == part)[None, :]
+                column = block * _BLOCK + k * _RUN + i
+                x_NI = tl.load(digit_N1 + column[None, :], mask=own_NI, other=0)
+                dot_ON = tl.dot(q_OI, tl.trans(x_NI))
+                group = block * (8 * parts) + k * parts + part
+                if MINIMUM:
+                    sum_N = tl.load(sums + group * N + n)
+                if SCALED:
+                    if (k * parts + part) * each % 4 == 0:
+                        word = block * words + (k * parts + part) * each // 4
+                        word_O = tl.load(scales + word * rows + row_O, mask=there_O, other=0)
+                    scale_O = _byte(word_O, (k * parts + part) * each % 4, not MINIMUM)
+                    met_ON += scale_O[:, None] * dot_ON
+                    if MINIMUM:
+                        minimum_O = _byte(word_O, (k * parts + part) * each % 4 + 1, False)
+                        least_ON += minimum_O[:, None] * sum_N[None, :]
+                else:
+                    d_O, m_O = _unit(units, (block * 8 + k) * rows + row_O, there_O, PLACE, MINIMUM)
+                    sum_ON += d_O[:, None] * dot_ON.to(tl.float32)
+                    if MINIMUM:
+                        sum_ON += m_O[:, None] * sum_N.to(tl.float32)[None, :]
+        if SCALED:
+            sum_ON = d_O[:, None] * met_ON.to(tl.float32)
+            if MINIMUM:
+                sum_ON += m_O[:, None] * least_ON.to(tl.float32)
+        y_ON += tl.load(factors + block * N + n)[None, :] * sum_ON
+    y_OT = tl.sum(tl.reshape(y_ON, [ROWS, N // 4, 4]), axis=2)
+    _deliver(
+        y_OT, y, residual, partials, counters, row_O, rows, y_cols, tokens, cuts, N // 4, RESIDUAL
+    )
+
+
+@triton.jit
+def _halves(x, out, factors, tokens, cols, padded, N: tl.constexpr, COLUMNS: tl.constexpr):
+    """Token t's activations, scaled, as two FP16 numbers: `out` `[padded, N]`, the upper ones in
+    column 2 t, the lower ones in column 2 t + 1; `factors` undo the scale. Columns of no token are
+    zeros."""
     t = tl.program_id(0)
     row = x + t.to(tl.int64) * cols
     there = tl.where(t < tokens, cols, 0)
-    up, down = _raised(_largest(row, there, COLUMNS))
+    up, down = _power(_largest(row, there, COLUMNS), 14)
     for first in range(0, padded, COLUMNS):
         column = first + tl.arange(0, COLUMNS)
         value = tl.load(row + column, mask=column < there, other=0.0) * up
         upper = value.to(tl.float16)
         lower = (value - upper.to(tl.float32)).to(tl.float16)
-        tl.store(halves + column * N + t, upper, mask=column < padded)
-        tl.store(halves + column * N + N // 2 + t, lower, mask=column < padded)
-        group = first // GROUP + tl.arange(0, COLUMNS // GROUP)
-        total = tl.sum(tl.reshape(value, [COLUMNS // GROUP, GROUP]), axis=1)
-        tl.store(sums + group * N + t, total, mask=group * GROUP < padded)
-        tl.store(sums + group * N + N // 2 + t, total * 0.0, mask=group * GROUP < padded)
+        tl.store(out + column * N + 2 * t, upper, mask=column < padded)
+        tl.store(out + column * N + 2 * t + 1, lower, mask=column < padded)
     tl.store(factors + t, down)
 
 
 @triton.jit
-def _store_cut(y, y_ON, cut, row_O, rows, N: tl.constexpr, ROWS: tl.constexpr):
-    """`y[cut, t, o]`: what the upper and the lower halves of a token's activations made."""
-    y_OT = tl.sum(tl.reshape(y_ON, [ROWS, 2, N // 2]), axis=1)
-    t = tl.arange(0, N // 2)
-    to = y + (cut * (N // 2) + t)[None, :] * rows + row_O[:, None]
-    tl.store(to, y_OT, mask=(row_O < rows)[:, None])
-
-
-@triton.jit
-def _few(
-    halves, sums, y, low, high, scales, units, codes, rows, blocks, cuts, N: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-    OFFSET: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, SCALED: tl.constexpr,
-    MINIMUM: tl.constexpr, CODED: tl.constexpr,
-):  # fmt: skip
-    """A cut of some rows' product, `y[cut, t, o]`, float32, in the activations' scale."""
-    row_O = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    cut = tl.program_id(1)
-    n = tl.arange(0, N)
-    w = tl.arange(0, GROUP)
-    there_O = row_O < rows
-    length = tl.cdiv(blocks, cuts)
-    y_ON = tl.zeros([ROWS, N], tl.float32)
-    for block in range(cut * length, tl.minimum(blocks, (cut + 1) * length)):
-        base = block * (_WORDS * COLUMNS)
-        d_O, m_O = _unit(units, row_O * (blocks * (_WORDS * COLUMNS) // UNIT) + base // UNIT,
-                         there_O, MINIMUM)  # fmt: skip
-        for part in tl.static_range(_WORDS // GROUP):
-            at = (row_O * blocks + block)[:, None] * _WORDS + (w + part * GROUP)[None, :]
-            word = tl.load(low + at, mask=there_O[:, None], other=0).to(tl.int32)
-            upper = word
-            if HIGH > 0:
-                upper = tl.load(high + at, mask=there_O[:, None], other=0).to(tl.int32)
-            for j in tl.static_range(COLUMNS):
-                first = base + j * _WORDS + part * GROUP
-                if UNIT == _WORDS:
-                    d_O, m_O = _unit(
-                        units, row_O * (blocks * COLUMNS) + block * COLUMNS + j, there_O, MINIMUM
-                    )
-                group_O = row_O * (blocks * (_WORDS * COLUMNS) // GROUP) + first // GROUP
-                scale_O, minimum_O = _group(scales, group_O, d_O, m_O, there_O, SCALED, MINIMUM)
-                q_OI = _integers(word, upper, codes, j, LOW, HIGH, OFFSET, CODED)
-                x_IN = tl.load(halves + (w + first)[:, None] * N + n[None, :])
-                met_ON = tl.dot(q_OI, x_IN)
-                y_ON += (scale_O * _unplaced(j, LOW, CODED))[:, None] * met_ON
-                if MINIMUM:
-                    y_ON += minimum_O[:, None] * tl.load(sums + first // GROUP * N + n)[None, :]
-    _store_cut(y, y_ON, cut, row_O, rows, N, ROWS)
-
-
-@triton.jit
 def _few_floats(
-    halves, y, low, rows, blocks, cuts, factor, N: tl.constexpr, ROWS: tl.constexpr,
-    EXACT: tl.constexpr,
+    halves, factors, y, residual, partials, counters, low, rows, blocks, y_cols, tokens, cuts,
+    factor, N: tl.constexpr, ROWS: tl.constexpr, RESIDUAL: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """The same of a matrix of floats, times `factor`; two FP16 numbers each unless EXACT."""
-    row_O = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    cut = tl.program_id(1)
-    n = tl.arange(0, N)
-    i = tl.arange(0, _FLOAT_COLUMNS)
+    """The same of a matrix of floats, divided by `factor`; two FP16 numbers each unless EXACT."""
+    row_O = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there_O = row_O < rows
+    n, i = tl.arange(0, N), tl.arange(0, _FLOAT_COLUMNS)
     length = tl.cdiv(blocks, cuts)
+    first = tl.program_id(1) * length
+    low_O1 = low + (row_O.to(tl.int64) * (blocks * _FLOAT_COLUMNS))[:, None]
     y_ON = tl.zeros([ROWS, N], tl.float32)
-    for block in range(cut * length, tl.minimum(blocks, (cut + 1) * length)):
-        at = (row_O * blocks + block)[:, None] * _FLOAT_COLUMNS + i[None, :]
-        w_OI = tl.load(low + at, mask=there_O[:, None], other=0.0)
-        x_IN = tl.load(halves + (i + block * _FLOAT_COLUMNS)[:, None] * N + n[None, :])
+    for block in range(first, tl.minimum(blocks, first + length)):
+        column = block * _FLOAT_COLUMNS + i
+        w_OI = tl.load(low_O1 + column[None, :], mask=there_O[:, None], other=0.0)
+        x_IN = tl.load(halves + column[:, None] * N + n[None, :])
         if EXACT:
             y_ON = tl.dot(w_OI.to(tl.float16), x_IN, y_ON)
         else:
-            scaled_OI = w_OI.to(tl.float32) * factor
+            scaled_OI = w_OI.to(tl.float32) * (1.0 / factor)
             upper_OI = scaled_OI.to(tl.float16)
             y_ON = tl.dot(upper_OI, x_IN, y_ON)
             y_ON = tl.dot((scaled_OI - upper_OI.to(tl.float32)).to(tl.float16), x_IN, y_ON)
-    _store_cut(y, y_ON, cut, row_O, rows, N, ROWS)
+    t = tl.arange(0, N // 2)
+    y_OT = tl.sum(tl.reshape(y_ON, [ROWS, N // 2, 2]), axis=2)
+    y_OT *= tl.load(factors + t, mask=t < tokens, other=1.0)[None, :]
+    y_OT *= factor
+    _deliver(
+        y_OT, y, residual, partials, counters, row_O, rows, y_cols, tokens, cuts, N // 2, RESIDUAL
+    )
 
 
 @triton.jit
 def _finish(
-    product, y, residual, factors, factor, cuts, cut_stride, cols, y_cols, COLUMNS: tl.constexpr,
+    product, y, residual, factors, factor, cols, y_cols, COLUMNS: tl.constexpr,
     RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """`y = residual + (sum of product's cuts, in order) * factors[t] * factor`."""
+    """`y = residual + product * factors[t] * factor`."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     there = column < cols
-    at = product + row * cols + column
-    value = tl.load(at, mask=there, other=0.0)
-    for cut in range(1, cuts):
-        value += tl.load(at + cut * cut_stride, mask=there, other=0.0)
+    value = tl.load(product + row * cols + column, mask=there, other=0.0)
     value *= tl.load(factors + row)
     value *= factor
     if RESIDUAL:
@@ -227,45 +327,57 @@ def _finish(
 @triton.jit
 def _spread(
     out, ids, low, high, scales, units, codes, first_row, rows, count, cols, blocks, factor,
-    GATHER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LOW: tl.constexpr,
-    HIGH: tl.constexpr, OFFSET: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr,
-    SCALED: tl.constexpr, MINIMUM: tl.constexpr, CODED: tl.constexpr,
+    GATHER: tl.constexpr, ROWS: tl.constexpr, ASM: tl.constexpr, LOW: tl.constexpr,
+    HIGH: tl.constexpr, PLACE: tl.constexpr, GROUP: tl.constexpr, SCALED: tl.constexpr,
+    MINIMUM: tl.constexpr, CODED: tl.constexpr,
 ):  # fmt: skip
     """A block of `count` rows from `first_row` on, times `factor`, in the type of `out`.
 
     With GATHER the rows that `ids` name in a matrix where this part begins at `first_row`; those
     that are not in it are left alone."""
-    n = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    at_O = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     block = tl.program_id(1)
-    w = tl.arange(0, _WORDS)
-    there_O = n < count
+    i = tl.arange(0, _RUN)
+    there_O1 = (at_O < count)[:, None]
     if GATHER:
-        row_O = tl.load(ids + n, mask=there_O, other=-1) - first_row
-        there_O = there_O & (row_O >= 0) & (row_O < rows)
+        row_O1 = tl.load(ids + at_O, mask=at_O < count, other=-1)[:, None] - first_row
+        there_O1 = there_O1 & (row_O1 >= 0) & (row_O1 < rows)
     else:
-        row_O = first_row + n
-    base = block * (_WORDS * COLUMNS)
-    at = (row_O * blocks + block)[:, None] * _WORDS + w[None, :]
-    word = tl.load(low + at, mask=there_O[:, None], other=0).to(tl.int32)
-    upper = word
-    if HIGH > 0:
-        upper = tl.load(high + at, mask=there_O[:, None], other=0).to(tl.int32)
-    for j in tl.static_range(COLUMNS):
-        column = w + base + j * _WORDS
-        unit_OI = (row_O * (blocks * (_WORDS * COLUMNS) // UNIT))[:, None] + (column // UNIT)[None]
-        group_OI = (row_O * (blocks * (_WORDS * COLUMNS) // GROUP))[:, None]
-        group_OI += (column // GROUP)[None, :]
-        d_OI, m_OI = _unit(units, unit_OI, there_O[:, None], MINIMUM)
-        scale_OI, minimum_OI = _group(scales, group_OI, d_OI, m_OI, there_O[:, None], SCALED,
-                                      MINIMUM)  # fmt: skip
-        q_OI = _integers(word, upper, codes, j, LOW, HIGH, OFFSET, CODED).to(tl.float32)
-        w_OI = (scale_OI * _unplaced(j, LOW, CODED)) * q_OI
-        if MINIMUM:
-            w_OI += minimum_OI
+        row_O1 = (first_row + at_O)[:, None]
+    parts: tl.constexpr = _RUN // GROUP
+    each: tl.constexpr = 2 if MINIMUM else 1
+    words: tl.constexpr = 8 * parts * each // 4
+    if SCALED:
+        d_O1, m_O1 = _unit(units, block * rows + row_O1, there_O1, PLACE, MINIMUM)
+    for k in tl.static_range(8):
+        if k * LOW % 8 == 0:
+            run = (block * LOW + k * LOW // 8) * _RUN + i
+            at = row_O1 * (blocks * (_RUN * LOW)) + run[None, :]
+            low_OI = tl.load(low + at, mask=there_O1, other=0)
+        if HIGH == 0:
+            high_OI = low_OI
+        elif k * HIGH % 8 == 0:
+            run = (block * HIGH + k * HIGH // 8) * _RUN + i
+            at = row_O1 * (blocks * (_RUN * HIGH)) + run[None, :]
+            high_OI = tl.load(high + at, mask=there_O1, other=0)
+        q_OI = _integers(low_OI, high_OI, codes, k, LOW, HIGH, PLACE, CODED, ASM).to(tl.float32)
+        if SCALED:
+            byte_1I = ((i // GROUP + k * parts) * each)[None, :]
+            at = (block * words + byte_1I // 4) * rows + row_O1
+            word_OI = tl.load(scales + at, mask=there_O1, other=0)
+            w_OI = (d_O1 * _byte(word_OI, byte_1I % 4, not MINIMUM).to(tl.float32)) * q_OI
+            if MINIMUM:
+                w_OI += m_O1 * _byte(word_OI, byte_1I % 4 + 1, False).to(tl.float32)
+        else:
+            d_O1, m_O1 = _unit(units, (block * 8 + k) * rows + row_O1, there_O1, PLACE, MINIMUM)
+            w_OI = d_O1 * q_OI
+            if MINIMUM:
+                w_OI += m_O1
+        column = block * _BLOCK + k * _RUN + i
         tl.store(
-            out + n[:, None] * cols + column[None, :],
+            out + at_O[:, None] * cols + column[None, :],
             (w_OI * factor).to(out.dtype.element_ty),
-            mask=there_O[:, None] & (column < cols)[None, :],
+            mask=there_O1 & (column < cols)[None, :],
         )
 
 
@@ -274,7 +386,7 @@ def _halve(x, out, factors, cols, COLUMNS: tl.constexpr):
     """Rows as FP16, each times a power of two that brings its largest to [2^13, 2^14); `factors`
     undo it. Infinities and NaN stay what they are."""
     row = tl.program_id(0).to(tl.int64)
-    up, down = _raised(_largest(x + row * cols, cols, COLUMNS))
+    up, down = _power(_largest(x + row * cols, cols, COLUMNS), 14)
     for first in range(0, cols, COLUMNS):
         column = first + tl.arange(0, COLUMNS)
         value = tl.load(x + row * cols + column, mask=column < cols, other=0.0) * up

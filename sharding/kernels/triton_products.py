@@ -1,13 +1,16 @@
 """Products with weights in planes, and their rows: which Triton kernels are called when.
 
-    T tokens, I inputs, O outputs, N columns of prepared activations, B blocks of a row
+    T tokens, I inputs, O outputs, N columns of digits or halves, B blocks of a row
 
 Two ways, by the number of tokens; docs/numerics.md bounds both:
 
-    few     to 16 tokens: integers as they are stored, exact in FP16, meet activations that are two
-            FP16 numbers each on tensor cores, group by group; scales come after the sum. Nearly
-            float32, and a token's result is the same bits in any company. Bound by memory
+    few     to 16 tokens: activations are integers of 22 bits and a power of two for each block of
+            256, and their digits to the base 256 meet the stored integers on tensor cores, exactly;
+            scales come after the sum. Nearly float32, and a token's result is the same bits in any
+            company. Bound by memory
     GEMM    above: weights expanded to FP16 in a bounded workspace, then the library's own GEMM
+
+Float weights of few tokens meet activations that are two FP16 numbers each.
 
 Not here: the kernels (`triton_matmul.py`), layout (`planes.py`), packing (`triton_weights.py`).
 """
@@ -21,7 +24,7 @@ import triton
 from torch import Tensor
 
 from sharding.kernels import triton_matmul
-from sharding.kernels.planes import FLOAT_COLUMNS, WORDS, Planes
+from sharding.kernels.planes import BLOCK, FLOAT_COLUMNS, Planes
 from sharding.kernels.triton_weights import IQ4_CODES, Part, PlanesWeight
 
 FEW_TOKENS = 16
@@ -33,27 +36,26 @@ WORKSPACE_BYTES = 1 << 27
 COPIED_BYTES = 1 << 24
 """Bytes of floats that are copied at a time."""
 
-PROGRAMS = 512
+PROGRAMS = 1024
 """A matrix of few rows is cut along its columns too, into about so many programs: enough for any
 GPU to wait for memory in all of them at once. The cuts depend on the matrix alone."""
+
+MOST_TILES = 1 << 16
+"""Most tiles of rows that cut a matrix."""
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Rows of one program, powers of two: in `_few`, with its threads in 32s, and in `_spread`.
-    Columns in `_prepare`, `_halve` and `_finish`.
-
-    Two times 32 threads, not four: four have other matrix instructions for many columns than for
-    few, and a token's result would depend on how many there are.
-    """
+    """Rows of one program, powers of two: in `_few`, and in `_spread`; columns in `_halves`,
+    `_halve` and `_finish`; blocks in `_digits`."""
 
     rows: int = 32
-    warps: int = 2
-    spread_rows: int = 16
+    spread_rows: int = 8
     columns: int = 4096
+    blocks: int = 2
 
 
-INTERPRETED = Tiles(256, 2, 128, 4096)
+INTERPRETED = Tiles(256, 128, 4096, 16)
 """An interpreted program costs milliseconds, however large it is."""
 
 
@@ -63,6 +65,8 @@ class Products:
     def __init__(self, device: torch.device, tiles: Tiles) -> None:
         self._tiles = tiles
         self._codes = torch.tensor(IQ4_CODES, dtype=torch.int8, device=device)
+        # Of the cuts of a tile that are done; every product leaves zeros.
+        self._counters = torch.zeros(MOST_TILES, dtype=torch.int32, device=device)
 
     def matmul(self, x_TI: Tensor, weight: PlanesWeight, residual_TO: Tensor | None) -> Tensor:
         """`residual + x @ weight.T`, `[T, O]`."""
@@ -84,54 +88,67 @@ class Products:
     def _few(
         self, x_TI: Tensor, weight: PlanesWeight, residual_TO: Tensor | None, y_TO: Tensor
     ) -> None:
-        tokens, cols = x_TI.shape
-        width = prepared_columns(tokens)
-        prepared: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
+        tokens = len(x_TI)
+        room = max(2, int(triton.next_power_of_2(tokens)))
+        digits: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
         for part in weight.parts:
-            # Only formats with minima look at the sums.
-            way = part.cols, part.planes.group if part.planes.minimum else 32
-            if way not in prepared:
-                prepared[way] = self._prepared(x_TI, width, *way)
-            halves, sums, factor_T = prepared[way]
-            grid, blocks, cuts = self._cut(part)
-            product = x_TI.new_empty(cuts, width // 2, part.rows)
-            factor = 1.0
-            if part.planes.quantised:
+            planes, grid = part.planes, self._cut(part)
+            columns = y_TO.shape[1]
+            y, partials = y_TO[:, part.first :], x_TI.new_empty(grid[1], tokens, part.rows)
+            residual = y if residual_TO is None else residual_TO[:, part.first :]
+            if planes.quantised:
+                # Only formats with minima look at the sums.
+                way = part.cols // BLOCK, planes.group if planes.minimum else 32
+                if way not in digits:
+                    digits[way] = self._digits(x_TI, 4 * room, *way)
                 triton_matmul._few[grid](
-                    halves, sums, product, part.low, part.high, part.scales, part.units,
-                    self._codes, part.rows, blocks, cuts, width, self._tiles.rows,
-                    *constants(part.planes), num_warps=self._tiles.warps,
+                    *digits[way], y, residual, partials, self._counters, *part.tensors, self._codes,
+                    part.rows, way[0], columns, tokens, grid[1], 4 * room, self._tiles.rows,
+                    residual_TO is not None, *constants(part.planes),
+                    num_warps=warps_of(tokens),
                 )  # fmt: skip
             else:
-                exact = part.planes.kind == "f16"
-                factor = 1.0 if exact else part.headroom
+                exact = planes.kind == "f16"
+                halves, factor_T = self._halves(x_TI, 4 * max(2, room // 2), part.cols)
                 triton_matmul._few_floats[grid](
-                    halves, product, part.low, part.rows, blocks, cuts, 1.0 / factor, width,
-                    self._tiles.rows, exact, num_warps=self._tiles.warps,
+                    halves, factor_T, y, residual, partials, self._counters, part.low, part.rows,
+                    part.cols // FLOAT_COLUMNS, columns, tokens, grid[1],
+                    1.0 if exact else part.headroom, halves.shape[1], self._tiles.rows,
+                    residual_TO is not None, exact, num_warps=2,
                 )  # fmt: skip
-            self._finish(product, factor_T, factor, part.first, y_TO, residual_TO)
 
-    def _prepared(
-        self, x_TI: Tensor, width: int, padded: int, group: int
+    def _digits(
+        self, x_TI: Tensor, width: int, blocks: int, group: int
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Digits, factors and sums of digits."""
+        tokens, cols = x_TI.shape
+        digits = torch.empty(width, blocks * BLOCK, dtype=torch.int8, device=x_TI.device)
+        factors = x_TI.new_empty(blocks, width)
+        sums = torch.empty(blocks * BLOCK // group, width, dtype=torch.int32, device=x_TI.device)
+        at_once = self._tiles.blocks
+        triton_matmul._digits[(width // 4, triton.cdiv(blocks, at_once))](
+            x_TI, digits, factors, sums, tokens, cols, blocks, width, group, at_once
+        )
+        return digits, factors, sums
+
+    def _halves(self, x_TI: Tensor, width: int, padded: int) -> tuple[Tensor, Tensor]:
+        """Two FP16 numbers for each activation, and what undoes their scale."""
         tokens, cols = x_TI.shape
         halves = torch.empty(padded, width, dtype=torch.float16, device=x_TI.device)
-        sums = x_TI.new_empty(padded // group, width)
         factor_T = x_TI.new_empty(width // 2)
         size = _columns_at_once(padded, self._tiles.columns)
-        triton_matmul._prepare[(width // 2,)](
-            x_TI, halves, sums, factor_T, tokens, cols, padded, width, group, size, num_warps=8
+        triton_matmul._halves[(width // 2,)](
+            x_TI, halves, factor_T, tokens, cols, padded, width, size, num_warps=8
         )
-        return halves, sums, factor_T
+        return halves, factor_T
 
-    def _cut(self, part: Part) -> tuple[tuple[int, int], int, int]:
-        """A grid of (rows, columns), the blocks of a row, and how many cuts they make."""
+    def _cut(self, part: Part) -> tuple[int, int]:
+        """A grid of tiles of rows and cuts of columns."""
         tall = triton.cdiv(part.rows, self._tiles.rows)
-        columns = WORDS * part.planes.columns if part.planes.quantised else FLOAT_COLUMNS
-        blocks = part.cols // columns
+        assert tall <= MOST_TILES, part.rows
+        blocks = part.cols // (BLOCK if part.planes.quantised else FLOAT_COLUMNS)
         length = triton.cdiv(blocks, min(blocks, triton.cdiv(PROGRAMS, tall)))
-        cuts = triton.cdiv(blocks, length)
-        return (tall, cuts), blocks, cuts
+        return tall, triton.cdiv(blocks, length)
 
     def _gemm(
         self, x_TI: Tensor, weight: PlanesWeight, residual_TO: Tensor | None, y_TO: Tensor
@@ -151,7 +168,7 @@ class Products:
                 else:
                     expanded_OI, factor = space[:count], part.headroom
                     self._expand(part, expanded_OI, first, 1.0 / factor)
-                product = _half_gemm(half_TI, expanded_OI)[None]
+                product = _half_gemm(half_TI, expanded_OI)
                 self._finish(product, factor_T, factor, at, y_TO, residual_TO)
 
     def _finish(
@@ -163,13 +180,13 @@ class Products:
         y_TO: Tensor,
         residual_TO: Tensor | None,
     ) -> None:
-        """Cuts `[cuts, T or more, o]` into columns from `first` on."""
-        cuts, _, cols = product.shape
+        """A product `[T, o]` into columns from `first` on."""
+        cols = product.shape[1]
         size = _columns_at_once(cols, self._tiles.columns)
         y = y_TO[:, first:]
         triton_matmul._finish[(len(y_TO), triton.cdiv(cols, size))](
             product, y, y if residual_TO is None else residual_TO[:, first:], factor_T, factor,
-            cuts, product.stride(0), cols, y_TO.shape[1], size, residual_TO is not None,
+            cols, y_TO.shape[1], size, residual_TO is not None,
         )  # fmt: skip
 
     def _expand(
@@ -183,11 +200,11 @@ class Products:
         if count == 0:
             return
         rows_at_once = self._tiles.spread_rows
-        blocks = part.cols // (WORDS * part.planes.columns)
+        blocks = part.cols // BLOCK
         triton_matmul._spread[(triton.cdiv(count, rows_at_once), blocks)](
-            out, part.low if ids is None else ids, part.low, part.high, part.scales, part.units,
-            self._codes, first, part.rows, count, cols, blocks, factor, ids is not None,
-            rows_at_once, *constants(part.planes),
+            out, part.low if ids is None else ids, *part.tensors, self._codes, first, part.rows,
+            count, cols, blocks, factor, ids is not None, rows_at_once, *constants(part.planes),
+            num_warps=1,
         )  # fmt: skip
 
 
@@ -212,9 +229,9 @@ def _half_gemm(x_TI: Tensor, w_OI: Tensor) -> Tensor:
     return torch.mm(x_TI.float(), w_OI.float().t())
 
 
-def prepared_columns(tokens: int) -> int:
-    """Two for each token, and enough of them for a matrix instruction."""
-    return 2 * max(4, int(triton.next_power_of_2(tokens)))
+def warps_of(tokens: int) -> int:
+    """Of a program of `_few`, each of 32 threads: registers hold more columns of fewer rows."""
+    return 2 if tokens <= 4 else 4
 
 
 def _columns_at_once(cols: int, most: int) -> int:
@@ -222,14 +239,13 @@ def _columns_at_once(cols: int, most: int) -> int:
 
 
 def constants(planes: Planes) -> tuple[int | bool, ...]:
-    """What a kernel of a quantised format is compiled for."""
+    """What a kernel of a quantised format is compiled for, from ASM on."""
     return (
-        planes.columns,
+        not triton.knobs.runtime.interpret,
         planes.low_bits,
         planes.high_bits,
-        planes.offset,
+        planes.place,
         planes.group,
-        planes.unit,
         planes.scaled,
         planes.minimum,
         planes.coded,

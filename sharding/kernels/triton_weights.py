@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sharding.gguf.reader import GGUFFile, TensorInfo
-from sharding.kernels.planes import PLANES, WORDS, Planes
+from sharding.kernels.planes import PLANES, RUN, Planes
 
 SLAB_BYTES = 1 << 26
 """Bytes of a file that are split at a time: a few times as much is needed beside the result."""
@@ -26,7 +26,6 @@ SLAB_BYTES = 1 << 26
 IQ4_CODES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 """What the integers of IQ4_NL and IQ4_XS stand for: `kvalues_iq4nl` in ggml."""
 
-_HIGH_WORDS = {1: torch.uint8, 2: torch.int16}
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -55,7 +54,7 @@ class Part:
     @property
     def cols(self) -> int:
         """Columns as stored, with the padding."""
-        return self.low.shape[1] * (self.planes.columns if self.planes.quantised else 1)
+        return self.low.shape[1] * (8 // self.planes.low_bits if self.planes.quantised else 1)
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,10 @@ def _part(
             found.append({"low": torch.nn.functional.pad(values_OI, (0, room))})
             headroom = max(headroom, _power(float(values_OI.abs().nan_to_num(0, 0, 0).max())))
     empty = torch.empty(0, dtype=torch.int8, device=device)
-    stacked = {key: torch.cat([slab[key] for slab in found]) for key in found[0]}
+    stacked = {
+        key: torch.cat([slab[key] for slab in found], dim=int(key in ("scales", "units")))
+        for key in found[0]
+    }
     low = stacked["low"]
     high, scales, units = (stacked.get(key, empty) for key in ("high", "scales", "units"))
     return Part(planes, first, len(low), low, high, scales, units, headroom)
@@ -147,44 +149,41 @@ def _largest(found: dict[str, Tensor], fp16: str, integers: str) -> float:
 def _together(planes: Planes, split: dict[str, Tensor], cols: int) -> dict[str, Tensor]:
     """What the kernels read, of what a splitter found."""
     padded = planes.padded(cols)
-    q_OI = _padded(split["q"].flatten(1), padded)
-    low_OI = q_OI & ((1 << planes.low_bits) - 1)
-    word = torch.int16 if planes.low_bits == 2 else torch.int32
-    found = {"low": _in_words(low_OI, planes.low_bits, planes.columns).view(word)}
+    q_OI = _padded(split["q"].flatten(1) ^ planes.offset, padded)
+    found = {"low": _in_runs(q_OI & ((1 << planes.low_bits) - 1), planes.low_bits)}
     if planes.high_bits:
-        high_OI = _in_words(q_OI >> planes.low_bits, planes.high_bits, planes.columns)
-        found["high"] = high_OI.view(_HIGH_WORDS[planes.high_bits])
-    found["units"] = _beside(split, "d", "m", padded // planes.unit, torch.int32)
+        found["high"] = _in_runs(q_OI >> planes.low_bits, planes.high_bits)
+    found["units"] = _beside(split, "d", "m", padded // planes.unit)
+    if planes.minimum:
+        found["units"] = found["units"].view(torch.int32)
     if planes.scaled:
-        found["scales"] = _beside(split, "scales", "minima", padded // planes.group, torch.int16)
-    return found
+        scales = _beside(split, "scales", "minima", padded // planes.group)
+        found["scales"] = scales.view(torch.int32)
+    return {
+        key: plane.t().contiguous() if key in ("scales", "units") else plane
+        for key, plane in found.items()
+    }
 
 
 def _padded(plane_OI: Tensor, cols: int) -> Tensor:
     return torch.nn.functional.pad(plane_OI, (0, cols - plane_OI.shape[1]))
 
 
-def _in_words(q_OI: Tensor, bits: int, columns: int) -> Tensor:
-    """Integers of so many bits, uint8 `[O, I]`, as the bytes of words, the first field lowest."""
-    per_byte = 8 // bits
-    fields = q_OI.unflatten(
-        1, (-1, columns // per_byte, per_byte, WORDS)
-    )  # block, byte, field, word
-    byte: Tensor = fields[:, :, :, 0].clone()
-    for j in range(1, per_byte):
-        byte |= fields[:, :, :, j] << (bits * j)
-    return byte.transpose(2, 3).flatten(1).contiguous()
+def _in_runs(q_OI: Tensor, bits: int) -> Tensor:
+    """Integers of so many bits, uint8 `[O, I]`, packed into runs of bytes."""
+    fields = q_OI.unflatten(1, (-1, 8 // bits, RUN))  # run, field, byte
+    byte: Tensor = fields[:, :, 0].clone()
+    for k in range(1, 8 // bits):
+        byte |= fields[:, :, k] << (bits * k)
+    return byte.flatten(1)
 
 
-def _beside(
-    split: dict[str, Tensor], first: str, second: str, count: int, both: torch.dtype
-) -> Tensor:
-    """One plane of so many numbers a row, or two in one number, the first in the low bits."""
+def _beside(split: dict[str, Tensor], first: str, second: str, count: int) -> Tensor:
+    """So many numbers a row; where there are two kinds, one of each in turn."""
     one = _padded(split[first].flatten(1), count)
     if second not in split:
         return one.contiguous()
-    pairs = torch.stack((one, _padded(split[second].flatten(1), count)), dim=-1)
-    return pairs.view(both).squeeze(-1)
+    return torch.stack((one, _padded(split[second].flatten(1), count)), dim=-1).flatten(1)
 
 
 def _half(units_OUB: Tensor, at: int) -> Tensor:

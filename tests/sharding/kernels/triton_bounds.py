@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+from sharding.kernels.planes import BLOCK
 from sharding.kernels.triton_products import FEW_TOKENS
 from sharding.kernels.triton_weights import Part
 from sharding.model.attention import Rows
@@ -19,6 +20,7 @@ from tests.sharding.kernels.bounds import TINY, ExactWeight, U, gamma
 
 U16 = 2.0**-11  # unit roundoff of FP16
 HALF_TINY = 2.0**-25  # what rounding to a subnormal FP16 may lose
+CUTS = 64  # more than a row is cut into
 
 
 def matmul(
@@ -33,23 +35,33 @@ def matmul(
     truth_TO = x @ weight.values_OI.T + residual
     # Activations are scaled by powers of two that bring the largest of a row below 2^14.
     unit_T1 = x.abs().amax(-1, keepdim=True) * 2.0**-13
+    planes = part.planes
+    if len(x_TI) <= FEW_TOKENS and planes.quantised:
+        dx = fixed_point_error(x)
+        off_TO = dx @ weight.size_OI.T
+        # Products of digits are exact; digits are at most three times as large as what they make.
+        summed_TO = 3 * (x.abs() + dx) @ weight.size_OI.T + residual.abs()
+        chain = 4 * planes.padded(cols) // planes.unit
+        return truth_TO, off_TO + gamma(chain + CUTS + 8) * summed_TO + cols * TINY
     if len(x_TI) <= FEW_TOKENS:
-        planes = part.planes
-        groups = planes.padded(cols) // planes.group
         dx = 2.0**-22 * x.abs() + HALF_TINY * unit_T1
-        if planes.quantised:
-            dw, chain = 0 * weight.size_OI, 3 * planes.group + 4 * groups
-        else:
-            dw, chain = 2.0**-22 * weight.size_OI + HALF_TINY * part.headroom, 4 * cols
+        dw = 2.0**-22 * weight.size_OI + HALF_TINY * part.headroom
         off_TO = x.abs() @ dw.T + dx @ (weight.size_OI + dw).T
         summed_TO = (x.abs() + dx) @ (weight.size_OI + dw).T + residual.abs()
-        return truth_TO, off_TO + gamma(chain + groups + 6) * summed_TO + cols * TINY
+        return truth_TO, off_TO + gamma(4 * cols + CUTS + 6) * summed_TO + cols * TINY
     # Weights are scaled likewise, and both are halves.
     dx = U16 * x.abs() + HALF_TINY * unit_T1
     dw = (U16 + 2 * U) * weight.size_OI + HALF_TINY * part.headroom
     off_TO = x.abs() @ dw.T + dx @ (weight.size_OI + dw).T
     summed_TO = (x.abs() + dx) @ (weight.size_OI + dw).T + residual.abs()
     return truth_TO, off_TO + gamma(2 * cols + 4) * summed_TO + cols * TINY
+
+
+def fixed_point_error(x: torch.Tensor) -> torch.Tensor:
+    """Of activations as integers of 22 bits times a power of two for each block: half a unit."""
+    blocks = torch.nn.functional.pad(x.abs(), (0, -x.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    largest = blocks.amax(-1, keepdim=True).expand_as(blocks).flatten(1)[:, : x.shape[1]]
+    return torch.maximum(largest * 2.0**-22, torch.tensor(2.0**-127)) * (1 + 2.0**-20)
 
 
 def embedding(weight: ExactWeight) -> tuple[torch.Tensor, torch.Tensor]:
