@@ -85,15 +85,16 @@ def products() -> Iterator[Kernel]:
         else:
             pointers |= {"low": names[planes.kind]}
         for tokens in (1, 16):
-            size: Constants = {"ROWS": tiles.rows, "RESIDUAL": True}
+            size: Constants = {"RESIDUAL": True}
             if planes.quantised:
-                size |= {"N": 4 * max(2, tokens)} | _format(planes)
-                function, warps = triton_matmul._few, triton_products.warps_of(tokens)
+                size |= {"ROWS": tiles.rows, "N": 4 * max(2, tokens)} | _format(planes)
+                function, warps = triton_matmul._few, 1
                 weights = tiles.rows * BLOCK
             else:
-                size |= {"N": 2 * max(4, tokens), "EXACT": planes.kind == "f16"}
+                size |= {"ROWS": tiles.float_rows, "N": 2 * max(4, tokens)}
+                size |= {"EXACT": planes.kind == "f16"}
                 function, warps = triton_matmul._few_floats, 2
-                weights = tiles.rows * FLOAT_COLUMNS
+                weights = tiles.float_rows * FLOAT_COLUMNS
             yield Kernel(f"few {name} T{tokens}", function, dict(pointers), size, warps, weights)
         if planes.quantised:
             size = {"GATHER": False, "ROWS": tiles.spread_rows, **_format(planes)}

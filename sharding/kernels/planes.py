@@ -4,8 +4,11 @@ A matrix `[O, I]` of a format becomes planes, so that every load is aligned and 
 read neighbouring bytes. Columns come in blocks of 256 and groups of 32; rows are padded with zeros
 to whole blocks.
 
-    low      uint8, the low bits of every stored integer, row-major. Byte i of a run of 32 holds
-             columns i, 32 + i, 64 + i and so on of the run, the first lowest: 2, 4 or 8 bits each
+    low      uint8, the low bits of every stored integer. Byte i of a run of 32 holds columns i,
+             32 + i, 64 + i and so on of the run, the first lowest: 2, 4 or 8 bits each. Runs of 16
+             rows are a tile, in the order in which 32 threads give them to a tensor core: as
+             `[8, 4, 2, 2, 4]`, byte (g, t, h, r, b) is byte 16 h + 4 t + b of row 8 r + g. Tiles
+             lie run after run, 16 rows after 16 rows; missing rows are zeros
     high     the bits above, likewise: 1 or 2 bits each
     scales   int32 `[words, O]`, if the format scales its groups' scale once more: four numbers of 8
              bits, those of neighbouring groups of a row; with minima scale, minimum, scale, minimum
@@ -31,6 +34,9 @@ RUN = 32
 
 BLOCK = 256
 """Columns of a block."""
+
+TILE = 16
+"""Rows of a tile."""
 
 FLOAT_COLUMNS = 64
 """Columns of the float formats are padded with zeros to a multiple of this."""
@@ -80,14 +86,14 @@ class Planes:
         whole = BLOCK if self.quantised else FLOAT_COLUMNS
         return -(-cols // whole) * whole
 
-    def row_bytes(self, cols: int) -> int:
-        """Bytes of all planes for a row of so many columns."""
+    def n_bytes(self, rows: int, cols: int) -> int:
+        """Bytes of all planes."""
         cols = self.padded(cols)
-        total = cols * self.bits // 8
-        if self.quantised:
-            total += cols // self.group * (self.scaled + (self.scaled and self.minimum))
-            total += cols // self.unit * 2 * (1 + self.minimum)
-        return total
+        if not self.quantised:
+            return rows * cols * self.bits // 8
+        integers = -(-rows // TILE) * TILE * cols * self.bits // 8
+        scales = cols // self.group * (self.scaled + (self.scaled and self.minimum))
+        return integers + rows * (scales + cols // self.unit * 2 * (1 + self.minimum))
 
 
 PLANES: dict[str, Planes] = {
@@ -113,4 +119,4 @@ def planes_resident(info: TensorInfo) -> int:
     """Bytes in memory under the Triton kernels: planes, float32 if a vector."""
     if len(info.shape) == 1:
         return 4 * info.elements
-    return info.rows * PLANES[info.format.name].row_bytes(info.cols)
+    return PLANES[info.format.name].n_bytes(info.rows, info.cols)

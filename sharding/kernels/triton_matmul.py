@@ -10,10 +10,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sharding.kernels.planes import BLOCK, FLOAT_COLUMNS, RUN
+from sharding.kernels.planes import BLOCK, FLOAT_COLUMNS, RUN, TILE
 
 _RUN = tl.constexpr(RUN)
 _BLOCK = tl.constexpr(BLOCK)
+_TILE = tl.constexpr(TILE)
 _FLOAT_COLUMNS = tl.constexpr(FLOAT_COLUMNS)
 
 
@@ -74,9 +75,44 @@ def _integers(
 
 
 @triton.jit
-def _unit(units, at, mask, PLACE: tl.constexpr, MINIMUM: tl.constexpr):
-    """d and m of units, float32 (d twice if there is no m); d undoes the integers' place."""
-    bits = tl.load(units + at, mask=mask, other=0)
+def _loaded(
+    scales, units, block, row_O, rows, mask, SCALED: tl.constexpr, COUNT: tl.constexpr
+):  # fmt: skip
+    """A block's words of scales and its unit, or its units: COUNT of those that are many."""
+    many = scales if SCALED else units
+    at = many + block * COUNT * rows + row_O
+    found = (tl.load(at, mask=mask, other=0),)
+    for number in tl.static_range(1, COUNT):
+        found = found + (tl.load(at + number * rows, mask=mask, other=0),)
+    if SCALED:
+        found = found + (tl.load(units + block * rows + row_O, mask=mask, other=0),)
+    return found
+
+
+@triton.jit
+def _as_tiles(bytes, TILES: tl.constexpr):
+    """A run of some tiles' integers `[16 TILES, 32]` from the order of `planes.py`."""
+    lanes = tl.reshape(bytes, [TILES, 8, 4, 2, 2, 4])
+    return tl.reshape(tl.permute(lanes, [0, 4, 1, 3, 2, 5]), [TILES * _TILE, _RUN])
+
+
+@triton.jit
+def _as_columns(bytes, N: tl.constexpr):
+    """A group of digits `[32, N]` from the order of `_digits`."""
+    lanes = tl.reshape(bytes, [8, 4, N // 8, 2, 4])
+    return tl.reshape(tl.permute(lanes, [3, 1, 4, 2, 0]), [_RUN, N])
+
+
+@triton.jit
+def _in_tile(row_O1, i):
+    """Where byte i of a row of a run is, in the order of `planes.py`, from its tile's begin."""
+    lane = row_O1 % 8 * 4 + (i % 16 // 4)[None, :]
+    return lane * 16 + (i // 16 * 8)[None, :] + row_O1 % 16 // 8 * 4 + (i % 4)[None, :]
+
+
+@triton.jit
+def _unit(bits, PLACE: tl.constexpr, MINIMUM: tl.constexpr):
+    """d and m of a unit, float32 (d twice if there is no m); d undoes the integers' place."""
     if MINIMUM:
         d = bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
         m = (bits >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
@@ -123,9 +159,10 @@ def _digits(
 ):  # fmt: skip
     """Activations of some blocks of a token in fixed point, as three digits to the base 256.
 
-    Of token t, `digits[4 t + j]` times `factors[block, 4 t + j]` are, together, its activations:
-    integers of 22 bits and a sign times the block's power of two. `sums` are those of the digits
-    of each group. What is not finite makes its block's factors NaN. Columns of no token are 0."""
+    Of token t, digits in column 4 t + j times `factors[block, 4 t + j]` are, together, its
+    activations: integers of 22 bits and a sign times the block's power of two. `digits` are group
+    by group as a tensor core takes them; `sums` are those of groups of GROUP. What is not finite
+    makes its block's factors NaN. Columns of no token are 0."""
     t = tl.program_id(0)
     block_B = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
     column_BI = block_B[:, None] * _BLOCK + tl.arange(0, _BLOCK)[None, :]
@@ -137,15 +174,17 @@ def _digits(
     down_B = tl.where(tl.min(finite_BI.to(tl.int32), axis=1) == 1, down_B, float("nan"))
     whole_BI = tl.floor(value_BI * up_B[:, None] + 0.5).to(tl.int32)
     there_B = block_B < blocks
+    i_BI = column_BI % _RUN
+    at_BI = column_BI // _RUN * (_RUN * N) + i_BI // 16 * 4 + i_BI % 4
     groups: tl.constexpr = _BLOCK // GROUP
     for j in tl.static_range(4):
         # The lowest first, each from -128 to 127; after three nothing is left.
-        digit_BI = ((whole_BI + 128) & 255) - 128 if j < 3 else whole_BI * 0
+        digit_BI = ((whole_BI + 128) & 255) - 128
         whole_BI = (whole_BI - digit_BI) >> 8
         n = t * 4 + j
-        if j < 3:
-            to = digits + n.to(tl.int64) * (blocks * _BLOCK) + column_BI
-            tl.store(to, digit_BI.to(tl.int8), mask=there_B[:, None])
+        fragment_BI = (n % 8 * 4 + i_BI % 16 // 4) * (N // 8) + n // 8
+        to = digits + at_BI + fragment_BI * 8
+        tl.store(to, digit_BI.to(tl.int8), mask=there_B[:, None])
         factor_B = down_B * (1 << (8 * j)) if j < 3 else down_B * 0.0
         tl.store(factors + block_B * N + n, factor_B, mask=there_B)
         sum_BG = tl.sum(tl.reshape(digit_BI, [BLOCKS, groups, GROUP]), axis=2)
@@ -191,56 +230,67 @@ def _few(
     ASM: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, PLACE: tl.constexpr,
     GROUP: tl.constexpr, SCALED: tl.constexpr, MINIMUM: tl.constexpr, CODED: tl.constexpr,
 ):  # fmt: skip
-    """`residual + x @ weight.T` of some rows: products of bytes, exact in int32, group by group."""
+    """`residual + x @ weight.T` of some rows: products of bytes, exact in int32, group by group.
+
+    Integers and digits lie in memory as tensor cores take them: they go neither through shared
+    memory nor from one thread to another."""
     row_O = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there_O = row_O < rows
-    n, i = tl.arange(0, N), tl.arange(0, _RUN)
-    digit_N = n % 4 < 3
-    digit_N1 = digits + (n * (blocks * _BLOCK))[:, None]
-    low_O1 = low + (row_O.to(tl.int64) * (blocks * (_RUN * LOW)))[:, None]
-    high_O1 = high + (row_O.to(tl.int64) * (blocks * (_RUN * HIGH)))[:, None]
+    n = tl.arange(0, N)
+    tiles: tl.constexpr = ROWS // _TILE
+    size: tl.constexpr = _TILE * _RUN
+    byte = tl.arange(0, tiles * size)
+    tile = (tl.program_id(0) * tiles + byte // size).to(tl.int64)
+    low_tile = low + tile * (blocks * (size * LOW)) + byte % size
+    high_tile = high + tile * (blocks * (size * HIGH)) + byte % size
+    inside = tile * _TILE < rows if tiles > 1 else None
+    digit = tl.arange(0, N * _RUN)
     parts: tl.constexpr = _RUN // GROUP
     each: tl.constexpr = 2 if MINIMUM else 1
     words: tl.constexpr = 8 * parts * each // 4
     length = tl.cdiv(blocks, cuts)
     first = tl.program_id(1) * length
+    last = tl.minimum(blocks, first + length)
+    loads: tl.constexpr = words if SCALED else 8
+    loaded = _loaded(scales, units, first, row_O, rows, there_O, SCALED, loads)
     y_ON = tl.zeros([ROWS, N], tl.float32)
-    for block in range(first, tl.minimum(blocks, first + length)):
+    for block in range(first, last):
+        # Scales are fetched a block ahead: the compiler does so for integers alone.
+        own, ahead = loaded, tl.minimum(block + 1, last - 1)
+        loaded = _loaded(scales, units, ahead, row_O, rows, there_O, SCALED, loads)
         sum_ON = tl.zeros([ROWS, N], tl.float32)
         if SCALED:
-            d_O, m_O = _unit(units, block * rows + row_O, there_O, PLACE, MINIMUM)
+            d_O, m_O = _unit(own[loads], PLACE, MINIMUM)
             met_ON = tl.zeros([ROWS, N], tl.int32)
             least_ON = tl.zeros([ROWS, N], tl.int32)
         for k in tl.static_range(8):
             if k * LOW % 8 == 0:
-                run = (block * LOW + k * LOW // 8) * _RUN + i
-                low_OI = tl.load(low_O1 + run[None, :], mask=there_O[:, None], other=0)
+                run = (block * LOW + k * LOW // 8) * size
+                low_OI = _as_tiles(tl.load(low_tile + run, mask=inside), tiles)
             if HIGH == 0:
                 high_OI = low_OI
             elif k * HIGH % 8 == 0:
-                run = (block * HIGH + k * HIGH // 8) * _RUN + i
-                high_OI = tl.load(high_O1 + run[None, :], mask=there_O[:, None], other=0)
+                run = (block * HIGH + k * HIGH // 8) * size
+                high_OI = _as_tiles(tl.load(high_tile + run, mask=inside), tiles)
             q_OI = _integers(low_OI, high_OI, codes, k, LOW, HIGH, PLACE, CODED, ASM)
+            x = tl.load(digits + (block * 8 + k) * (_RUN * N) + digit)
             for part in tl.static_range(parts):
-                # Half a run at a time meets zeros in place of the other half.
-                own_NI = digit_N[:, None] & (i // GROUP == part)[None, :]
-                column = block * _BLOCK + k * _RUN + i
-                x_NI = tl.load(digit_N1 + column[None, :], mask=own_NI, other=0)
-                dot_ON = tl.dot(q_OI, tl.trans(x_NI))
-                group = block * (8 * parts) + k * parts + part
+                met = x
+                if parts > 1:  # half a run at a time meets zeros in place of the other half
+                    met = tl.where(digit // 4 % 2 == part, x, 0).to(tl.int8)
+                dot_ON = tl.dot(q_OI, _as_columns(met, N))
                 if MINIMUM:
+                    group = block * (8 * parts) + k * parts + part
                     sum_N = tl.load(sums + group * N + n)
                 if SCALED:
-                    if (k * parts + part) * each % 4 == 0:
-                        word = block * words + (k * parts + part) * each // 4
-                        word_O = tl.load(scales + word * rows + row_O, mask=there_O, other=0)
+                    word_O = own[(k * parts + part) * each // 4]
                     scale_O = _byte(word_O, (k * parts + part) * each % 4, not MINIMUM)
                     met_ON += scale_O[:, None] * dot_ON
                     if MINIMUM:
                         minimum_O = _byte(word_O, (k * parts + part) * each % 4 + 1, False)
                         least_ON += minimum_O[:, None] * sum_N[None, :]
                 else:
-                    d_O, m_O = _unit(units, (block * 8 + k) * rows + row_O, there_O, PLACE, MINIMUM)
+                    d_O, m_O = _unit(own[k], PLACE, MINIMUM)
                     sum_ON += d_O[:, None] * dot_ON.to(tl.float32)
                     if MINIMUM:
                         sum_ON += m_O[:, None] * sum_N.to(tl.float32)[None, :]
@@ -348,18 +398,17 @@ def _spread(
     each: tl.constexpr = 2 if MINIMUM else 1
     words: tl.constexpr = 8 * parts * each // 4
     if SCALED:
-        d_O1, m_O1 = _unit(units, block * rows + row_O1, there_O1, PLACE, MINIMUM)
+        unit_O1 = tl.load(units + block * rows + row_O1, mask=there_O1, other=0)
+        d_O1, m_O1 = _unit(unit_O1, PLACE, MINIMUM)
     for k in tl.static_range(8):
         if k * LOW % 8 == 0:
-            run = (block * LOW + k * LOW // 8) * _RUN + i
-            at = row_O1 * (blocks * (_RUN * LOW)) + run[None, :]
-            low_OI = tl.load(low + at, mask=there_O1, other=0)
+            run = (row_O1 // _TILE * (blocks * LOW) + block * LOW + k * LOW // 8) * (_TILE * _RUN)
+            low_OI = tl.load(low + run + _in_tile(row_O1, i), mask=there_O1, other=0)
         if HIGH == 0:
             high_OI = low_OI
         elif k * HIGH % 8 == 0:
-            run = (block * HIGH + k * HIGH // 8) * _RUN + i
-            at = row_O1 * (blocks * (_RUN * HIGH)) + run[None, :]
-            high_OI = tl.load(high + at, mask=there_O1, other=0)
+            run = (row_O1 // _TILE * (blocks * HIGH) + block * HIGH + k * HIGH // 8) * (_TILE * _RUN)
+            high_OI = tl.load(high + run + _in_tile(row_O1, i), mask=there_O1, other=0)
         q_OI = _integers(low_OI, high_OI, codes, k, LOW, HIGH, PLACE, CODED, ASM).to(tl.float32)
         if SCALED:
             byte_1I = ((i // GROUP + k * parts) * each)[None, :]
@@ -369,7 +418,8 @@ def _spread(
             if MINIMUM:
                 w_OI += m_O1 * _byte(word_OI, byte_1I % 4 + 1, False).to(tl.float32)
         else:
-            d_O1, m_O1 = _unit(units, (block * 8 + k) * rows + row_O1, there_O1, PLACE, MINIMUM)
+            unit_O1 = tl.load(units + (block * 8 + k) * rows + row_O1, mask=there_O1, other=0)
+            d_O1, m_O1 = _unit(unit_O1, PLACE, MINIMUM)
             w_OI = d_O1 * q_OI
             if MINIMUM:
                 w_OI += m_O1

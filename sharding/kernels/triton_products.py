@@ -36,7 +36,7 @@ WORKSPACE_BYTES = 1 << 27
 COPIED_BYTES = 1 << 24
 """Bytes of floats that are copied at a time."""
 
-PROGRAMS = 1024
+PROGRAMS = 4096
 """A matrix of few rows is cut along its columns too, into about so many programs: enough for any
 GPU to wait for memory in all of them at once. The cuts depend on the matrix alone."""
 
@@ -46,16 +46,17 @@ MOST_TILES = 1 << 16
 
 @dataclass(frozen=True)
 class Tiles:
-    """Rows of one program, powers of two: in `_few`, and in `_spread`; columns in `_halves`,
-    `_halve` and `_finish`; blocks in `_digits`."""
+    """Rows of one program, powers of two: in `_few`, `_few_floats` and `_spread`; columns in
+    `_halves`, `_halve` and `_finish`; blocks in `_digits`."""
 
-    rows: int = 32
+    rows: int = 16
+    float_rows: int = 32
     spread_rows: int = 8
     columns: int = 4096
     blocks: int = 2
 
 
-INTERPRETED = Tiles(256, 128, 4096, 16)
+INTERPRETED = Tiles(256, 256, 128, 4096, 16)
 """An interpreted program costs milliseconds, however large it is."""
 
 
@@ -105,7 +106,7 @@ class Products:
                     *digits[way], y, residual, partials, self._counters, *part.tensors, self._codes,
                     part.rows, way[0], columns, tokens, grid[1], 4 * room, self._tiles.rows,
                     residual_TO is not None, *constants(part.planes),
-                    num_warps=warps_of(tokens),
+                    num_warps=1,
                 )  # fmt: skip
             else:
                 exact = planes.kind == "f16"
@@ -113,7 +114,7 @@ class Products:
                 triton_matmul._few_floats[grid](
                     halves, factor_T, y, residual, partials, self._counters, part.low, part.rows,
                     part.cols // FLOAT_COLUMNS, columns, tokens, grid[1],
-                    1.0 if exact else part.headroom, halves.shape[1], self._tiles.rows,
+                    1.0 if exact else part.headroom, halves.shape[1], self._tiles.float_rows,
                     residual_TO is not None, exact, num_warps=2,
                 )  # fmt: skip
 
@@ -122,7 +123,7 @@ class Products:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Digits, factors and sums of digits."""
         tokens, cols = x_TI.shape
-        digits = torch.empty(width, blocks * BLOCK, dtype=torch.int8, device=x_TI.device)
+        digits = torch.empty(blocks * BLOCK, width, dtype=torch.int8, device=x_TI.device)
         factors = x_TI.new_empty(blocks, width)
         sums = torch.empty(blocks * BLOCK // group, width, dtype=torch.int32, device=x_TI.device)
         at_once = self._tiles.blocks
@@ -144,7 +145,8 @@ class Products:
 
     def _cut(self, part: Part) -> tuple[int, int]:
         """A grid of tiles of rows and cuts of columns."""
-        tall = triton.cdiv(part.rows, self._tiles.rows)
+        rows = self._tiles.rows if part.planes.quantised else self._tiles.float_rows
+        tall = triton.cdiv(part.rows, rows)
         assert tall <= MOST_TILES, part.rows
         blocks = part.cols // (BLOCK if part.planes.quantised else FLOAT_COLUMNS)
         length = triton.cdiv(blocks, min(blocks, triton.cdiv(PROGRAMS, tall)))
@@ -227,11 +229,6 @@ def _half_gemm(x_TI: Tensor, w_OI: Tensor) -> Tensor:
     if x_TI.is_cuda:
         return torch.mm(x_TI, w_OI.t(), out_dtype=torch.float32)
     return torch.mm(x_TI.float(), w_OI.float().t())
-
-
-def warps_of(tokens: int) -> int:
-    """Of a program of `_few`, each of 32 threads: registers hold more columns of fewer rows."""
-    return 2 if tokens <= 4 else 4
 
 
 def _columns_at_once(cols: int, most: int) -> int:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sharding.gguf.reader import GGUFFile, TensorInfo
-from sharding.kernels.planes import PLANES, RUN, Planes
+from sharding.kernels.planes import PLANES, RUN, TILE, Planes
 
 SLAB_BYTES = 1 << 26
 """Bytes of a file that are split at a time: a few times as much is needed beside the result."""
@@ -54,7 +54,9 @@ class Part:
     @property
     def cols(self) -> int:
         """Columns as stored, with the padding."""
-        return self.low.shape[1] * (8 // self.planes.low_bits if self.planes.quantised else 1)
+        if not self.planes.quantised:
+            return self.low.shape[1]
+        return self.low.shape[1] // TILE * 8 // self.planes.low_bits
 
 
 @dataclass(frozen=True)
@@ -115,15 +117,23 @@ def _part(
     }
     low = stacked["low"]
     high, scales, units = (stacked.get(key, empty) for key in ("high", "scales", "units"))
-    return Part(planes, first, len(low), low, high, scales, units, headroom)
+    rows = sum(len(raw) for raw in raws)
+    return Part(planes, first, rows, low, high, scales, units, headroom)
 
 
 def _slabs(raws: Sequence[NDArray[np.uint8]]) -> Iterator[NDArray[np.uint8]]:
-    """Copies of a few rows: a file's map is read-only, and torch warns of that."""
+    """Copies of whole tiles' rows, over the borders of tensors; the last may lack rows."""
+    rows = max(1, SLAB_BYTES // raws[0].shape[1] // TILE) * TILE
+    left = raws[0][:0]
     for raw in raws:
-        rows = max(1, SLAB_BYTES // raw.shape[1])
         for first in range(0, len(raw), rows):
-            yield raw[first : first + rows].copy()
+            slab = np.concatenate((left, raw[first : first + rows]))
+            whole = len(slab) // TILE * TILE
+            left = slab[whole:]
+            if whole:
+                yield slab[:whole]
+    if len(left):
+        yield left
 
 
 def _headroom(planes: Planes, split: dict[str, Tensor]) -> float:
@@ -170,12 +180,14 @@ def _padded(plane_OI: Tensor, cols: int) -> Tensor:
 
 
 def _in_runs(q_OI: Tensor, bits: int) -> Tensor:
-    """Integers of so many bits, uint8 `[O, I]`, packed into runs of bytes."""
+    """Integers of so many bits, uint8 `[O, I]`, as runs of bytes in tiles `[tiles, bytes]`."""
     fields = q_OI.unflatten(1, (-1, 8 // bits, RUN))  # run, field, byte
     byte: Tensor = fields[:, :, 0].clone()
     for k in range(1, 8 // bits):
         byte |= fields[:, :, k] << (bits * k)
-    return byte.flatten(1)
+    byte = torch.nn.functional.pad(byte, (0, 0, 0, 0, 0, -len(byte) % TILE))
+    tiles = byte.unflatten(0, (-1, 2, 8)).unflatten(-1, (2, 4, 4))  # tile, r, g, run, h, t, b
+    return tiles.permute(0, 3, 2, 5, 4, 1, 6).flatten(1).contiguous()
 
 
 def _beside(split: dict[str, Tensor], first: str, second: str, count: int) -> Tensor:
