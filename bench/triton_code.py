@@ -51,6 +51,7 @@ class Kernel:
     constants: Constants
     warps: int = 4
     weights: int = 0
+    stages: int = 3
 
     def compile(self, capability: int) -> CompiledKernel:
         """For a GPU of that compute capability, as 90 for 9.0."""
@@ -68,7 +69,8 @@ class Kernel:
                 hints[(number,)] = [["tt.divisibility", 16]]
         source = ASTSource(self.function, signature, self.constants, hints)
         target = GPUTarget("cuda", capability, 32)
-        return triton.compile(source, target=target, options={"num_warps": self.warps})
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        return triton.compile(source, target=target, options=options)
 
 
 def products() -> Iterator[Kernel]:
@@ -80,7 +82,7 @@ def products() -> Iterator[Kernel]:
     names = {"f32": "fp32", "f16": "fp16", "bf16": "bf16"}
     for name, planes in PLANES.items():
         if planes.quantised:
-            pointers |= {"low": "u8", "high": "u8", "scales": "i32"}
+            pointers |= {"low": "i32", "high": "i32", "scales": "i32"}
             pointers |= {"units": "i32" if planes.minimum else "fp16"}
         else:
             pointers |= {"low": names[planes.kind]}
@@ -88,14 +90,16 @@ def products() -> Iterator[Kernel]:
             size: Constants = {"RESIDUAL": True}
             if planes.quantised:
                 size |= {"ROWS": tiles.rows, "N": 4 * max(2, tokens)} | _format(planes)
-                function, warps = triton_matmul._few, 1
+                function, warps, stages = triton_matmul._few, 1, 1
                 weights = tiles.rows * BLOCK
             else:
                 size |= {"ROWS": tiles.float_rows, "N": 2 * max(4, tokens)}
                 size |= {"EXACT": planes.kind == "f16"}
-                function, warps = triton_matmul._few_floats, 2
+                function, warps, stages = triton_matmul._few_floats, 2, 3
                 weights = tiles.float_rows * FLOAT_COLUMNS
-            yield Kernel(f"few {name} T{tokens}", function, dict(pointers), size, warps, weights)
+            yield Kernel(
+                f"few {name} T{tokens}", function, dict(pointers), size, warps, weights, stages
+            )
         if planes.quantised:
             size = {"GATHER": False, "ROWS": tiles.spread_rows, **_format(planes)}
             weights = tiles.spread_rows * BLOCK
@@ -128,32 +132,17 @@ def attentions() -> Iterator[Kernel]:
     )
     for dim in (64, 128, 256):
         head: Constants = {"DIM": dim, "DIMS": dim}
-        for rows in (16, triton_attention.FINE_ROWS):
-            constants: Constants = {
-                "ROWS": rows,
-                "SLOTS": tiles.slots_of(dim, fine=True),
-                "FINE": True,
-            }
-            yield Kernel(
-                f"attention D{dim}, {rows} rows",
-                triton_attention._attend,
-                pointers,
-                head | constants,
-                tiles.fine_warps,
-            )
-        constants = {
-            "ROWS": tiles.rows_of(dim),
-            "SLOTS": tiles.slots_of(dim, fine=False),
-            "FINE": False,
-        }
-        yield Kernel(
-            f"attention D{dim}, a chunk",
-            triton_attention._attend,
-            pointers | {"q": "fp16"},
-            head | constants,
-            tiles.warps,
-        )
-        yield Kernel(f"merge D{dim}", triton_attention._merge, pointers, head | {"PARTS": 32})
+        function = triton_attention._attend
+        tile = tiles.of(dim, fine=True)
+        for rows in sorted({16, triton_attention.fine_rows(dim)}):
+            size: Constants = {"ROWS": rows, "SLOTS": tile.slots, "FINE": True}
+            name = f"attention D{dim}, {rows} rows"
+            yield Kernel(name, function, pointers, head | size, tile.warps, stages=tile.stages)
+        tile = tiles.of(dim, fine=False)
+        size = {"ROWS": tile.rows, "SLOTS": tile.slots, "FINE": False}
+        name, rounded = f"attention D{dim}, a chunk", pointers | {"q": "fp16"}
+        yield Kernel(name, function, rounded, head | size, tile.warps, stages=tile.stages)
+        yield Kernel(f"merge D{dim}", triton_attention._merge, pointers, head | {"PARTS": triton_attention.parts_merged(dim)})
 
 
 def rows() -> Iterator[Kernel]:

@@ -4,7 +4,7 @@ A matrix `[O, I]` of a format becomes planes, so that every load is aligned and 
 read neighbouring bytes. Columns come in blocks of 256 and groups of 32; rows are padded with zeros
 to whole blocks.
 
-    low      uint8, the low bits of every stored integer. Byte i of a run of 32 holds columns i,
+    low      int32, the low bits of every stored integer. Byte i of a run of 32 holds columns i,
              32 + i, 64 + i and so on of the run, the first lowest: 2, 4 or 8 bits each. Runs of 16
              rows are a tile, in the order in which 32 threads give them to a tensor core: as
              `[8, 4, 2, 2, 4]`, byte (g, t, h, r, b) is byte 16 h + 4 t + b of row 8 r + g. Tiles

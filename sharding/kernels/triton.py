@@ -80,7 +80,7 @@ class TritonKernels:
         self._products = triton_products.Products(
             self.device, triton_products.INTERPRETED if slow else triton_products.Tiles()
         )
-        self._tiles = triton_attention.INTERPRETED if slow else triton_attention.Tiles()
+        self._tiles = triton_attention.INTERPRETED if slow else _tiles(self.device)
         self._try()
         # The batch at work and how its attention is cut: layers ask for the same one by one.
         self._index: BatchIndex | None = None
@@ -142,10 +142,11 @@ class TritonKernels:
             self._index, self._works = index, {}
         dim, kv_heads = pages.head_dim, pages.kv_heads
         assert dim <= triton_attention.MOST_DIMS, dim  # `layers` says so to the user
-        shared, rows = q_TX.shape[1] // dim // kv_heads, self._tiles.rows_of(dim)
-        way = shared, window, rows
+        shared, rows = q_TX.shape[1] // dim // kv_heads, self._tiles.of(dim, fine=False).rows
+        way = shared, window, dim
         if way not in self._works:
-            self._works[way] = triton_attention.plan_work(index, shared, window, rows)
+            fine_rows = triton_attention.fine_rows(dim)
+            self._works[way] = triton_attention.plan_work(index, shared, window, rows, fine_rows)
         return triton_attention.attend(q_TX, index, pages, window, self._works[way], self._tiles)
 
     def gated_silu(self, gate_up_T2F: torch.Tensor) -> torch.Tensor:
@@ -167,6 +168,12 @@ class TritonKernels:
                     f"{triton_attention.MOST_DIMS}"
                 )
         return ComposedLayers(self, weights, pages)
+
+
+def _tiles(device: torch.device) -> triton_attention.Tiles:
+    """By the shared memory of a program."""
+    most = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return triton_attention.HOPPER if most >= 227 << 10 else triton_attention.Tiles()
 
 
 def _own(weight: Weight) -> PlanesWeight:

@@ -32,7 +32,7 @@ SPLIT = 512
 """Slots that one program of a decoded token's attention reads."""
 
 FINE_ROWS = 32
-"""Up to so many rows of a segment are computed finely."""
+"""Up to so many rows of a segment are computed finely; of heads above 128, half as many."""
 
 MOST_DIMS = 256
 """The largest head."""
@@ -45,28 +45,38 @@ _RAISED = tl.constexpr(14.0)
 
 
 @dataclass(frozen=True)
+class Tile:
+    """Rows and slots of one step, powers of two; threads in 32s; steps under way."""
+
+    rows: int
+    slots: int
+    warps: int
+    stages: int = 3
+
+
+@dataclass(frozen=True)
 class Tiles:
-    """Rows and slots of one step, powers of two; threads in 32s. Heads above 128 have half as many:
-    registers and shared memory hold no more."""
+    """Of few rows and of chunks, for heads up to 128 and above: registers and shared memory hold
+    half as much of those. Few rows are one warp's, or 16: then 16 rows and 32 are the same bits."""
 
-    fine_slots: int = 64
-    fine_warps: int = 4
-    rows: int = 128
-    slots: int = 64
-    warps: int = 8
+    fine: Tile = Tile(FINE_ROWS, 32, 1)
+    fine_large: Tile = Tile(FINE_ROWS // 2, 64, 4)
+    chunk: Tile = Tile(128, 64, 4)
+    chunk_large: Tile = Tile(64, 32, 4, 2)
 
-    def rows_of(self, dim: int) -> int:
-        """Rows of a chunk's step."""
-        return self.rows if dim <= 128 else self.rows // 2
-
-    def slots_of(self, dim: int, fine: bool) -> int:
-        """Slots of a step."""
-        slots = self.fine_slots if fine else self.slots
-        return slots if dim <= 128 else slots // 2
+    def of(self, dim: int, fine: bool) -> Tile:
+        """For heads of so many numbers."""
+        if fine:
+            return self.fine if dim <= 128 else self.fine_large
+        return self.chunk if dim <= 128 else self.chunk_large
 
 
-INTERPRETED = Tiles(fine_slots=256, rows=64, slots=256)
+_SLOW = Tile(64, 256, 4)
+INTERPRETED = Tiles(_SLOW, _SLOW, _SLOW, _SLOW)
 """An interpreted step costs a millisecond, however large it is."""
+
+HOPPER = Tiles(chunk_large=Tile(128, 64, 8, 2))
+"""Where a program has 227 KB of shared memory."""
 
 
 @triton.jit
@@ -258,15 +268,18 @@ class Work:
     rows: int
 
 
-def plan_work(index: BatchIndex, shared: int, window: int, row_tile: int) -> Work:
-    """Cuts a batch into items; `shared` query heads have a kv head together."""
+def plan_work(
+    index: BatchIndex, shared: int, window: int, row_tile: int, fine_rows: int
+) -> Work:
+    """Cuts a batch into items; `shared` query heads have a kv head together. Segments of up to
+    `fine_rows` are computed finely."""
     chunks: list[tuple[int, ...]] = []
     fine: list[tuple[int, ...]] = []
     merged: list[tuple[int, ...]] = []
     table = most = 0
     for rows in index.rows:
         count = (rows.stop - rows.first) * shared
-        if count > FINE_ROWS:
+        if count > fine_rows:
             chunks += _chunk_items(rows, table, shared, window, row_tile)
         else:
             most = max(most, count)
@@ -286,6 +299,16 @@ def plan_work(index: BatchIndex, shared: int, window: int, row_tile: int) -> Wor
         parts=len(fine),
         rows=most,
     )
+
+
+def fine_rows(dim: int) -> int:
+    """Up to so many rows of a segment are computed finely."""
+    return FINE_ROWS if dim <= 128 else FINE_ROWS // 2
+
+
+def parts_merged(dim: int) -> int:
+    """At a time: as many as registers hold."""
+    return 128 if dim <= 128 else 64
 
 
 def _on(device: torch.device, items: Sequence[tuple[int, ...]]) -> Tensor | None:
@@ -327,23 +350,23 @@ def attend(
     y_TX = torch.empty_like(q_TX)
     keys, values, scale = pages.k_PGDS, pages.v_PGSD, _LOG2_E * dim**-0.5
     if work.chunks is not None:
+        tile, count = tiles.of(dim, fine=False), q_TX.numel()
         half_TX = torch.empty_like(q_TX, dtype=torch.float16)
-        count = q_TX.numel()
         _round_queries[(triton.cdiv(count, 4096),)](q_TX, half_TX, scale, count, 4096)
         _attend[(len(work.chunks), kv_heads)](
             half_TX, keys, values, y_TX, y_TX, work.chunks, index.tables, heads, kv_heads, window,
-            0, scale, dim, dims, tiles.rows_of(dim), tiles.slots_of(dim, fine=False), False,
-            num_warps=tiles.warps,
+            0, scale, dim, dims, tile.rows, tile.slots, False,
+            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     if work.fine is not None and work.merged is not None:
+        tile = tiles.of(dim, fine=True)
         partials = q_TX.new_empty(work.parts, kv_heads, work.rows, dim + 2)
         _attend[(work.parts, kv_heads)](
             q_TX, keys, values, y_TX, partials, work.fine, index.tables, heads, kv_heads, window,
-            work.rows, scale, dim, dims, 16 if work.rows <= 16 else FINE_ROWS,
-            tiles.slots_of(dim, fine=True), True,
-            num_warps=tiles.fine_warps,
+            work.rows, scale, dim, dims, 16 if work.rows <= 16 else tile.rows, tile.slots, True,
+            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         _merge[(len(work.merged), kv_heads)](
-            partials, y_TX, work.merged, heads, kv_heads, work.rows, dim, dims, 32
+            partials, y_TX, work.merged, heads, kv_heads, work.rows, dim, dims, parts_merged(dim)
         )
     return y_TX

@@ -19,25 +19,25 @@ _FLOAT_COLUMNS = tl.constexpr(FLOAT_COLUMNS)
 
 
 @triton.jit
-def _bits(packed, left: tl.constexpr, mask: tl.constexpr, ASM: tl.constexpr):
-    """Bits of each byte under `mask`, after a shift to the left (right where negative).
+def _bits(words, left: tl.constexpr, mask: tl.constexpr, ASM: tl.constexpr):
+    """Of `words` `[..., 4]`, each four times, byte i under `mask` in place i, shifted to the left
+    (right where negative): uint8.
 
-    In assembly four bytes at a time: Triton's compiler takes them apart."""
+    In assembly all four at once: Triton's compiler takes them apart."""
     # What Triton compiles has one `return`: what followed another would be compiled as well.
     if ASM and left > 0:
         found = tl.inline_asm_elementwise(
-            f"{{ shl.b32 $0, $1, {left}; and.b32 $0, $0, {mask * 0x01010101}; }}", "=r,r",
-            [packed], dtype=tl.uint8, is_pure=True, pack=4,
+            f"{{ shl.b32 $0, $1, {left}; and.b32 $0, $0, {mask * 0x01010101}; }}", "=r,r,r,r,r",
+            [words], dtype=tl.uint8, is_pure=True, pack=4,
         )  # fmt: skip
     elif ASM:
         found = tl.inline_asm_elementwise(
-            f"{{ shr.u32 $0, $1, {-left}; and.b32 $0, $0, {mask * 0x01010101}; }}", "=r,r",
-            [packed], dtype=tl.uint8, is_pure=True, pack=4,
+            f"{{ shr.u32 $0, $1, {-left}; and.b32 $0, $0, {mask * 0x01010101}; }}", "=r,r,r,r,r",
+            [words], dtype=tl.uint8, is_pure=True, pack=4,
         )  # fmt: skip
-    elif left > 0:
-        found = (packed << left) & mask
     else:
-        found = (packed >> -left) & mask
+        byte = (words >> (tl.arange(0, 4) * 8)) & 255
+        found = ((byte << left if left > 0 else byte >> -left) & mask).to(tl.uint8)
     return found
 
 
@@ -58,13 +58,11 @@ def _integers(
     low, high, codes, k: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, PLACE: tl.constexpr,
     CODED: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Of column 32 k + i of a block, int8 and exact, times 2^PLACE."""
-    found = low
-    if LOW < 8:
-        left: tl.constexpr = PLACE - k % (8 // LOW) * LOW
-        found = _bits(low, left, ((1 << LOW) - 1) << PLACE, ASM)
+    """Of column 32 k + i of a block, int8 and exact, times 2^PLACE, from words `[..., 4]`."""
+    left: tl.constexpr = PLACE - k * LOW % 8
+    found = _bits(low, left, ((1 << LOW) - 1) << PLACE, ASM)
     if HIGH > 0:
-        upper: tl.constexpr = PLACE + LOW - k % (8 // HIGH) * HIGH
+        upper: tl.constexpr = PLACE + LOW - k * HIGH % 8
         bits = _bits(high, upper, ((1 << HIGH) - 1) << (PLACE + LOW), ASM)
         found = _joined(found, bits, ASM)
     if CODED:
@@ -76,38 +74,43 @@ def _integers(
 
 @triton.jit
 def _loaded(
-    scales, units, block, row_O, rows, mask, SCALED: tl.constexpr, COUNT: tl.constexpr
+    low, high, scales, units, block, row_O, rows, mask_O, inside, LOW: tl.constexpr,
+    HIGH: tl.constexpr, SCALED: tl.constexpr, COUNT: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """A block's words of scales and its unit, or its units: COUNT of those that are many."""
+    """What a block of a tile of rows is made of: words of integers, LOW of their runs and HIGH;
+    COUNT words of scales and a unit, or as many units."""
+    found = (tl.load(low + block * (SIZE * LOW), mask=inside),)
+    for number in tl.static_range(1, LOW):
+        found = found + (tl.load(low + (block * LOW + number) * SIZE, mask=inside),)
+    for number in tl.static_range(HIGH):
+        found = found + (tl.load(high + (block * HIGH + number) * SIZE, mask=inside),)
     many = scales if SCALED else units
-    at = many + block * COUNT * rows + row_O
-    found = (tl.load(at, mask=mask, other=0),)
-    for number in tl.static_range(1, COUNT):
-        found = found + (tl.load(at + number * rows, mask=mask, other=0),)
+    for number in tl.static_range(COUNT):
+        at = (block * COUNT + number) * rows + row_O
+        found = found + (tl.load(many + at, mask=mask_O, other=0),)
     if SCALED:
-        found = found + (tl.load(units + block * rows + row_O, mask=mask, other=0),)
+        found = found + (tl.load(units + block * rows + row_O, mask=mask_O, other=0),)
     return found
 
 
 @triton.jit
+def _four_times(words, TILES: tl.constexpr):
+    """Words in the order of `planes.py` `[tile, g, t, h, r, 4]`, each four times."""
+    return tl.broadcast_to(tl.reshape(words, [TILES, 8, 4, 2, 2, 1]), [TILES, 8, 4, 2, 2, 4])
+
+
+@triton.jit
 def _as_tiles(bytes, TILES: tl.constexpr):
-    """A run of some tiles' integers `[16 TILES, 32]` from the order of `planes.py`."""
-    lanes = tl.reshape(bytes, [TILES, 8, 4, 2, 2, 4])
-    return tl.reshape(tl.permute(lanes, [0, 4, 1, 3, 2, 5]), [TILES * _TILE, _RUN])
+    """Bytes in that order as rows `[16 TILES, 32]`."""
+    return tl.reshape(tl.permute(bytes, [0, 4, 1, 3, 2, 5]), [TILES * _TILE, _RUN])
 
 
 @triton.jit
 def _as_columns(bytes, N: tl.constexpr):
-    """A group of digits `[32, N]` from the order of `_digits`."""
-    lanes = tl.reshape(bytes, [8, 4, N // 8, 2, 4])
-    return tl.reshape(tl.permute(lanes, [3, 1, 4, 2, 0]), [_RUN, N])
-
-
-@triton.jit
-def _in_tile(row_O1, i):
-    """Where byte i of a row of a run is, in the order of `planes.py`, from its tile's begin."""
-    lane = row_O1 % 8 * 4 + (i % 16 // 4)[None, :]
-    return lane * 16 + (i // 16 * 8)[None, :] + row_O1 % 16 // 8 * 4 + (i % 4)[None, :]
+    """A group of digits `[32, N]` from the order of `_digits`: 16 bytes, or 8, of each thread."""
+    eights: tl.constexpr = 2 if N > 8 else 1
+    lanes = tl.reshape(bytes, [N // 8 // eights, 8, 4, eights, 2, 4])
+    return tl.reshape(tl.permute(lanes, [4, 2, 5, 0, 3, 1]), [_RUN, N])
 
 
 @triton.jit
@@ -174,6 +177,7 @@ def _digits(
     down_B = tl.where(tl.min(finite_BI.to(tl.int32), axis=1) == 1, down_B, float("nan"))
     whole_BI = tl.floor(value_BI * up_B[:, None] + 0.5).to(tl.int32)
     there_B = block_B < blocks
+    eights: tl.constexpr = 2 if N > 8 else 1
     i_BI = column_BI % _RUN
     at_BI = column_BI // _RUN * (_RUN * N) + i_BI // 16 * 4 + i_BI % 4
     groups: tl.constexpr = _BLOCK // GROUP
@@ -182,8 +186,8 @@ def _digits(
         digit_BI = ((whole_BI + 128) & 255) - 128
         whole_BI = (whole_BI - digit_BI) >> 8
         n = t * 4 + j
-        fragment_BI = (n % 8 * 4 + i_BI % 16 // 4) * (N // 8) + n // 8
-        to = digits + at_BI + fragment_BI * 8
+        lane_BI = n // 8 // eights * 32 + n % 8 * 4 + i_BI % 16 // 4
+        to = digits + at_BI + (lane_BI * eights + n // 8 % eights) * 8
         tl.store(to, digit_BI.to(tl.int8), mask=there_B[:, None])
         factor_B = down_B * (1 << (8 * j)) if j < 3 else down_B * 0.0
         tl.store(factors + block_B * N + n, factor_B, mask=there_B)
@@ -238,41 +242,44 @@ def _few(
     there_O = row_O < rows
     n = tl.arange(0, N)
     tiles: tl.constexpr = ROWS // _TILE
-    size: tl.constexpr = _TILE * _RUN
-    byte = tl.arange(0, tiles * size)
-    tile = (tl.program_id(0) * tiles + byte // size).to(tl.int64)
-    low_tile = low + tile * (blocks * (size * LOW)) + byte % size
-    high_tile = high + tile * (blocks * (size * HIGH)) + byte % size
+    size: tl.constexpr = _TILE * _RUN // 4
+    word = tl.arange(0, tiles * size)
+    tile = (tl.program_id(0) * tiles + word // size).to(tl.int64)
+    low_tile = low + tile * (blocks * (size * LOW)) + word % size
+    high_tile = high + tile * (blocks * (size * HIGH)) + word % size
     inside = tile * _TILE < rows if tiles > 1 else None
     digit = tl.arange(0, N * _RUN)
     parts: tl.constexpr = _RUN // GROUP
     each: tl.constexpr = 2 if MINIMUM else 1
-    words: tl.constexpr = 8 * parts * each // 4
+    count: tl.constexpr = 8 * parts * each // 4 if SCALED else 8
+    scale: tl.constexpr = LOW + HIGH
     length = tl.cdiv(blocks, cuts)
     first = tl.program_id(1) * length
     last = tl.minimum(blocks, first + length)
-    loads: tl.constexpr = words if SCALED else 8
-    loaded = _loaded(scales, units, first, row_O, rows, there_O, SCALED, loads)
+    loaded = _loaded(
+        low_tile, high_tile, scales, units, first, row_O, rows, there_O, inside, LOW, HIGH, SCALED,
+        count, size,
+    )  # fmt: skip
     y_ON = tl.zeros([ROWS, N], tl.float32)
     for block in range(first, last):
-        # Scales are fetched a block ahead: the compiler does so for integers alone.
-        own, ahead = loaded, tl.minimum(block + 1, last - 1)
-        loaded = _loaded(scales, units, ahead, row_O, rows, there_O, SCALED, loads)
+        # Everything is fetched a block ahead.
+        own = loaded
+        loaded = _loaded(
+            low_tile, high_tile, scales, units, tl.minimum(block + 1, last - 1), row_O, rows,
+            there_O, inside, LOW, HIGH, SCALED, count, size,
+        )  # fmt: skip
         sum_ON = tl.zeros([ROWS, N], tl.float32)
         if SCALED:
-            d_O, m_O = _unit(own[loads], PLACE, MINIMUM)
+            d_O, m_O = _unit(own[scale + count], PLACE, MINIMUM)
             met_ON = tl.zeros([ROWS, N], tl.int32)
             least_ON = tl.zeros([ROWS, N], tl.int32)
         for k in tl.static_range(8):
-            if k * LOW % 8 == 0:
-                run = (block * LOW + k * LOW // 8) * size
-                low_OI = _as_tiles(tl.load(low_tile + run, mask=inside), tiles)
-            if HIGH == 0:
-                high_OI = low_OI
-            elif k * HIGH % 8 == 0:
-                run = (block * HIGH + k * HIGH // 8) * size
-                high_OI = _as_tiles(tl.load(high_tile + run, mask=inside), tiles)
-            q_OI = _integers(low_OI, high_OI, codes, k, LOW, HIGH, PLACE, CODED, ASM)
+            low_OI = _four_times(own[k * LOW // 8], tiles)
+            high_OI = low_OI
+            if HIGH > 0:
+                high_OI = _four_times(own[LOW + k * HIGH // 8], tiles)
+            bytes = _integers(low_OI, high_OI, codes, k, LOW, HIGH, PLACE, CODED, ASM)
+            q_OI = _as_tiles(bytes, tiles)
             x = tl.load(digits + (block * 8 + k) * (_RUN * N) + digit)
             for part in tl.static_range(parts):
                 met = x
@@ -283,14 +290,14 @@ def _few(
                     group = block * (8 * parts) + k * parts + part
                     sum_N = tl.load(sums + group * N + n)
                 if SCALED:
-                    word_O = own[(k * parts + part) * each // 4]
+                    word_O = own[scale + (k * parts + part) * each // 4]
                     scale_O = _byte(word_O, (k * parts + part) * each % 4, not MINIMUM)
                     met_ON += scale_O[:, None] * dot_ON
                     if MINIMUM:
                         minimum_O = _byte(word_O, (k * parts + part) * each % 4 + 1, False)
                         least_ON += minimum_O[:, None] * sum_N[None, :]
                 else:
-                    d_O, m_O = _unit(own[k], PLACE, MINIMUM)
+                    d_O, m_O = _unit(own[scale + k], PLACE, MINIMUM)
                     sum_ON += d_O[:, None] * dot_ON.to(tl.float32)
                     if MINIMUM:
                         sum_ON += m_O[:, None] * sum_N.to(tl.float32)[None, :]
@@ -400,16 +407,22 @@ def _spread(
     if SCALED:
         unit_O1 = tl.load(units + block * rows + row_O1, mask=there_O1, other=0)
         d_O1, m_O1 = _unit(unit_O1, PLACE, MINIMUM)
+    # Where the 8 words of a row of a run are in a tile, in the order of `planes.py`.
+    w = tl.arange(0, 8)
+    at_OI = (row_O1 % 8 * 4 + (w % 4)[None, :]) * 4 + (w // 4 * 2)[None, :] + row_O1 % 16 // 8
     for k in tl.static_range(8):
-        if k * LOW % 8 == 0:
-            run = (row_O1 // _TILE * (blocks * LOW) + block * LOW + k * LOW // 8) * (_TILE * _RUN)
-            low_OI = tl.load(low + run + _in_tile(row_O1, i), mask=there_O1, other=0)
-        if HIGH == 0:
-            high_OI = low_OI
-        elif k * HIGH % 8 == 0:
-            run = (row_O1 // _TILE * (blocks * HIGH) + block * HIGH + k * HIGH // 8) * (_TILE * _RUN)
-            high_OI = tl.load(high + run + _in_tile(row_O1, i), mask=there_O1, other=0)
-        q_OI = _integers(low_OI, high_OI, codes, k, LOW, HIGH, PLACE, CODED, ASM).to(tl.float32)
+        run = (row_O1 // _TILE * (blocks * LOW) + block * LOW + k * LOW // 8) * (_TILE * _RUN // 4)
+        low_OIB = tl.load(low + run + at_OI, mask=there_O1, other=0)[:, :, None]
+        low_OIB = tl.broadcast_to(low_OIB, [ROWS, 8, 4])
+        high_OIB = low_OIB
+        if HIGH > 0:
+            run = row_O1 // _TILE * (blocks * HIGH) + block * HIGH + k * HIGH // 8
+            high_OIB = tl.load(
+                high + run * (_TILE * _RUN // 4) + at_OI, mask=there_O1, other=0
+            )[:, :, None]  # fmt: skip
+            high_OIB = tl.broadcast_to(high_OIB, [ROWS, 8, 4])
+        bytes = _integers(low_OIB, high_OIB, codes, k, LOW, HIGH, PLACE, CODED, ASM)
+        q_OI = tl.reshape(bytes, [ROWS, _RUN]).to(tl.float32)
         if SCALED:
             byte_1I = ((i // GROUP + k * parts) * each)[None, :]
             at = (block * words + byte_1I // 4) * rows + row_O1

@@ -106,7 +106,7 @@ class Products:
                     *digits[way], y, residual, partials, self._counters, *part.tensors, self._codes,
                     part.rows, way[0], columns, tokens, grid[1], 4 * room, self._tiles.rows,
                     residual_TO is not None, *constants(part.planes),
-                    num_warps=1,
+                    num_warps=1, num_stages=1,
                 )  # fmt: skip
             else:
                 exact = planes.kind == "f16"

@@ -56,7 +56,7 @@ class Part:
         """Columns as stored, with the padding."""
         if not self.planes.quantised:
             return self.low.shape[1]
-        return self.low.shape[1] // TILE * 8 // self.planes.low_bits
+        return self.low.shape[1] // TILE * 32 // self.planes.low_bits
 
 
 @dataclass(frozen=True)
@@ -180,14 +180,14 @@ def _padded(plane_OI: Tensor, cols: int) -> Tensor:
 
 
 def _in_runs(q_OI: Tensor, bits: int) -> Tensor:
-    """Integers of so many bits, uint8 `[O, I]`, as runs of bytes in tiles `[tiles, bytes]`."""
+    """Integers of so many bits, uint8 `[O, I]`, as runs of bytes in tiles: int32 `[tiles, words]`."""
     fields = q_OI.unflatten(1, (-1, 8 // bits, RUN))  # run, field, byte
     byte: Tensor = fields[:, :, 0].clone()
     for k in range(1, 8 // bits):
         byte |= fields[:, :, k] << (bits * k)
     byte = torch.nn.functional.pad(byte, (0, 0, 0, 0, 0, -len(byte) % TILE))
     tiles = byte.unflatten(0, (-1, 2, 8)).unflatten(-1, (2, 4, 4))  # tile, r, g, run, h, t, b
-    return tiles.permute(0, 3, 2, 5, 4, 1, 6).flatten(1).contiguous()
+    return tiles.permute(0, 3, 2, 5, 4, 1, 6).flatten(1).contiguous().view(torch.int32)
 
 
 def _beside(split: dict[str, Tensor], first: str, second: str, count: int) -> Tensor:

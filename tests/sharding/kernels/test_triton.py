@@ -14,7 +14,7 @@ from sharding.errors import UnsupportedModelError
 from sharding.kernels.planes import planes_resident
 from sharding.kernels.reference import ReferenceKernels
 from sharding.kernels.triton import TritonKernels
-from sharding.kernels.triton_attention import FINE_ROWS, SPLIT
+from sharding.kernels.triton_attention import SPLIT, fine_rows
 from sharding.kernels.triton_weights import PlanesWeight
 from sharding.model.attention import BatchIndex
 from sharding.model.kv_cache import LayerPages
@@ -269,7 +269,7 @@ def test_attention(window: int, heads: Heads, size: float) -> None:
             rows,
             pages,
             window,
-            count <= FINE_ROWS,
+            count <= fine_rows(heads.dim),
             steps_of(count, rows.stop + length),
         )
         assert within(found[part], expected)
@@ -303,7 +303,7 @@ def test_attention_of_any_heads_windows_and_batches(data: st.DataObject) -> None
     q_THD = q_TX.unflatten(1, (-1, heads.dim))
     for rows in index.rows:
         part = slice(rows.first, rows.stop)
-        fine = (rows.stop - rows.first) * shared <= FINE_ROWS
+        fine = (rows.stop - rows.first) * shared <= fine_rows(heads.dim)
         expected = triton_bounds.attention(q_THD[part], rows, pages, window, fine, 20)
         assert within(found[part], expected)
 

@@ -21,7 +21,7 @@ from sharding.kernels import triton as triton_set
 from sharding.kernels.planes import PLANES
 from sharding.kernels.reference import Float32Weight, ReferenceKernels
 from sharding.kernels.triton import choose_device
-from sharding.kernels.triton_attention import FINE_ROWS
+from sharding.kernels.triton_attention import fine_rows
 from sharding.kernels.triton_products import FEW_TOKENS
 from sharding.model.attention import BatchIndex
 from sharding.model.kv_cache import LayerPages
@@ -88,7 +88,7 @@ class DisturbedKernels(ReferenceKernels):
         q_THD = q_TX.unflatten(1, (-1, pages.head_dim))
         for rows in index.rows:
             part = slice(rows.first, rows.stop)
-            fine = q_THD[part].shape[0] * q_THD.shape[1] // pages.kv_heads <= FINE_ROWS
+            fine = q_THD[part].shape[0] * q_THD.shape[1] // pages.kv_heads <= fine_rows(pages.head_dim)
             _, bound = triton_bounds.attention(q_THD[part], rows, pages, window, fine, 4)
             y_TX[part] += self._shares(y_TX[part]) * bound.flatten(1).float()
         return y_TX
