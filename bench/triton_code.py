@@ -77,7 +77,7 @@ def products() -> Iterator[Kernel]:
     """The ways of a product, in every format."""
     tiles = triton_products.Tiles()
     pointers = {"x": "fp32", "factors": "fp32", "y": "fp32", "residual": "fp32"}
-    pointers |= {"partials": "fp32", "counters": "i32", "digits": "i8", "sums": "i32"}
+    pointers |= {"partials": "fp32", "counters": "i32", "digits": "i32"}
     pointers |= {"halves": "fp16", "codes": "i8", "ids": "i64", "out": "fp16"}
     names = {"f32": "fp32", "f16": "fp16", "bf16": "bf16"}
     for name, planes in PLANES.items():
@@ -90,6 +90,7 @@ def products() -> Iterator[Kernel]:
             size: Constants = {"RESIDUAL": True}
             if planes.quantised:
                 size |= {"ROWS": tiles.rows, "N": 4 * max(2, tokens)} | _format(planes)
+                size |= {"AHEAD": tokens <= triton_products.AHEAD_TOKENS}
                 function, warps, stages = triton_matmul._few, 1, 1
                 weights = tiles.rows * BLOCK
             else:
@@ -168,8 +169,8 @@ def rows() -> Iterator[Kernel]:
         {"scaled": "fp64", "best": "fp64", "ids": "i32", "seed": "i64", "position": "i64"},
         {"SIZE": triton_rows.DRAW_BLOCK},
     )
-    digits = x | {"digits": "i8", "factors": "fp32", "sums": "i32"}
-    size: Constants = {"N": 8, "GROUP": 32, "BLOCKS": triton_products.Tiles().blocks}
+    digits = x | {"digits": "i8", "factors": "fp32"}
+    size: Constants = {"N": 8, "BLOCKS": triton_products.Tiles().blocks}
     yield Kernel("digits", triton_matmul._digits, digits, size)
     halves = {"out": "fp16", "factors": "fp32"}
     columns = triton_products.Tiles().columns

@@ -25,7 +25,11 @@ def _bits(words, left: tl.constexpr, mask: tl.constexpr, ASM: tl.constexpr):
 
     In assembly all four at once: Triton's compiler takes them apart."""
     # What Triton compiles has one `return`: what followed another would be compiled as well.
-    if ASM and left > 0:
+    if ASM and mask == 255:
+        found = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r,r,r,r", [words], dtype=tl.uint8, is_pure=True, pack=4
+        )
+    elif ASM and left > 0:
         found = tl.inline_asm_elementwise(
             f"{{ shl.b32 $0, $1, {left}; and.b32 $0, $0, {mask * 0x01010101}; }}", "=r,r,r,r,r",
             [words], dtype=tl.uint8, is_pure=True, pack=4,
@@ -74,11 +78,12 @@ def _integers(
 
 @triton.jit
 def _loaded(
-    low, high, scales, units, block, row_O, rows, mask_O, inside, LOW: tl.constexpr,
+    low, high, scales, units, digits, block, row_O, rows, mask_O, inside, LOW: tl.constexpr,
     HIGH: tl.constexpr, SCALED: tl.constexpr, COUNT: tl.constexpr, SIZE: tl.constexpr,
+    N: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """What a block of a tile of rows is made of: words of integers, LOW of their runs and HIGH;
-    COUNT words of scales and a unit, or as many units."""
+    COUNT words of scales and a unit, or as many units; with AHEAD its eight groups of digits."""
     found = (tl.load(low + block * (SIZE * LOW), mask=inside),)
     for number in tl.static_range(1, LOW):
         found = found + (tl.load(low + (block * LOW + number) * SIZE, mask=inside),)
@@ -90,27 +95,42 @@ def _loaded(
         found = found + (tl.load(many + at, mask=mask_O, other=0),)
     if SCALED:
         found = found + (tl.load(units + block * rows + row_O, mask=mask_O, other=0),)
+    if AHEAD:
+        for number in tl.static_range(8):
+            found = found + (tl.load(digits + (block * 8 + number) * (_RUN * N // 4)),)
     return found
 
 
 @triton.jit
-def _four_times(words, TILES: tl.constexpr):
-    """Words in the order of `planes.py` `[tile, g, t, h, r, 4]`, each four times."""
-    return tl.broadcast_to(tl.reshape(words, [TILES, 8, 4, 2, 2, 1]), [TILES, 8, 4, 2, 2, 4])
+def _four_times(words):
+    """Each word four times, side by side in a thread, `[..., 4]`; a broadcast would be moved to
+    where it is cheapest, which is after what is done to whole words."""
+    twice = tl.join(words, words)
+    return tl.reshape(tl.join(twice, twice), words.shape + [4])
 
 
 @triton.jit
 def _as_tiles(bytes, TILES: tl.constexpr):
-    """Bytes in that order as rows `[16 TILES, 32]`."""
-    return tl.reshape(tl.permute(bytes, [0, 4, 1, 3, 2, 5]), [TILES * _TILE, _RUN])
+    """Bytes in the order of `planes.py` `[tile, g, t, h, r, b]` as rows `[16 TILES, 32]`, columns in
+    the order t, h, b: eight of each thread, as the compiler deals out what was joined."""
+    return tl.reshape(tl.permute(bytes, [0, 4, 1, 2, 3, 5]), [TILES * _TILE, _RUN])
+
+
+@triton.jit
+def _halved(words, part: tl.constexpr, PARTS: tl.constexpr, ASM: tl.constexpr):
+    """Words of digits in the order of `_digits`, as bytes; of two parts one, zeros for the other."""
+    if PARTS > 1:
+        words = tl.where(tl.arange(0, words.shape[0]) % 2 == part, words, 0)
+    return _bits(_four_times(words), 0, 255, ASM).to(tl.int8, bitcast=True)
 
 
 @triton.jit
 def _as_columns(bytes, N: tl.constexpr):
-    """A group of digits `[32, N]` from the order of `_digits`: 16 bytes, or 8, of each thread."""
+    """A group of digits `[32, N]`, rows in the order of `_as_tiles`, from the order of `_digits`:
+    16 bytes, or 8, of each thread."""
     eights: tl.constexpr = 2 if N > 8 else 1
     lanes = tl.reshape(bytes, [N // 8 // eights, 8, 4, eights, 2, 4])
-    return tl.reshape(tl.permute(lanes, [4, 2, 5, 0, 3, 1]), [_RUN, N])
+    return tl.reshape(tl.permute(lanes, [2, 4, 5, 0, 3, 1]), [_RUN, N])
 
 
 @triton.jit
@@ -157,15 +177,14 @@ def _largest(x, cols, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _digits(
-    x, digits, factors, sums, tokens, cols, blocks, N: tl.constexpr, GROUP: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    x, digits, factors, tokens, cols, blocks, N: tl.constexpr, BLOCKS: tl.constexpr
 ):  # fmt: skip
     """Activations of some blocks of a token in fixed point, as three digits to the base 256.
 
     Of token t, digits in column 4 t + j times `factors[block, 4 t + j]` are, together, its
     activations: integers of 22 bits and a sign times the block's power of two. `digits` are group
-    by group as a tensor core takes them; `sums` are those of groups of GROUP. What is not finite
-    makes its block's factors NaN. Columns of no token are 0."""
+    by group as a tensor core takes them. What is not finite makes its block's factors NaN. Columns
+    of no token are zeros."""
     t = tl.program_id(0)
     block_B = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
     column_BI = block_B[:, None] * _BLOCK + tl.arange(0, _BLOCK)[None, :]
@@ -180,7 +199,6 @@ def _digits(
     eights: tl.constexpr = 2 if N > 8 else 1
     i_BI = column_BI % _RUN
     at_BI = column_BI // _RUN * (_RUN * N) + i_BI // 16 * 4 + i_BI % 4
-    groups: tl.constexpr = _BLOCK // GROUP
     for j in tl.static_range(4):
         # The lowest first, each from -128 to 127; after three nothing is left.
         digit_BI = ((whole_BI + 128) & 255) - 128
@@ -191,9 +209,6 @@ def _digits(
         tl.store(to, digit_BI.to(tl.int8), mask=there_B[:, None])
         factor_B = down_B * (1 << (8 * j)) if j < 3 else down_B * 0.0
         tl.store(factors + block_B * N + n, factor_B, mask=there_B)
-        sum_BG = tl.sum(tl.reshape(digit_BI, [BLOCKS, groups, GROUP]), axis=2)
-        group_BG = block_B[:, None] * groups + tl.arange(0, groups)[None, :]
-        tl.store(sums + group_BG * N + n, sum_BG, mask=there_B[:, None])
 
 
 @triton.jit
@@ -229,9 +244,9 @@ def _deliver(
 
 @triton.jit
 def _few(
-    digits, factors, sums, y, residual, partials, counters, low, high, scales, units, codes, rows,
-    blocks, y_cols, tokens, cuts, N: tl.constexpr, ROWS: tl.constexpr, RESIDUAL: tl.constexpr,
-    ASM: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, PLACE: tl.constexpr,
+    digits, factors, y, residual, partials, counters, low, high, scales, units, codes, rows,
+    blocks, y_cols, tokens, cuts, N: tl.constexpr, ROWS: tl.constexpr, AHEAD: tl.constexpr,
+    RESIDUAL: tl.constexpr, ASM: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, PLACE: tl.constexpr,
     GROUP: tl.constexpr, SCALED: tl.constexpr, MINIMUM: tl.constexpr, CODED: tl.constexpr,
 ):  # fmt: skip
     """`residual + x @ weight.T` of some rows: products of bytes, exact in int32, group by group.
@@ -248,64 +263,67 @@ def _few(
     low_tile = low + tile * (blocks * (size * LOW)) + word % size
     high_tile = high + tile * (blocks * (size * HIGH)) + word % size
     inside = tile * _TILE < rows if tiles > 1 else None
-    digit = tl.arange(0, N * _RUN)
+    digits += tl.arange(0, _RUN * N // 4)
     parts: tl.constexpr = _RUN // GROUP
     each: tl.constexpr = 2 if MINIMUM else 1
     count: tl.constexpr = 8 * parts * each // 4 if SCALED else 8
     scale: tl.constexpr = LOW + HIGH
+    column: tl.constexpr = scale + count + SCALED
+    ones_OI = tl.full([ROWS, _RUN], 1, tl.int8)
     length = tl.cdiv(blocks, cuts)
     first = tl.program_id(1) * length
     last = tl.minimum(blocks, first + length)
     loaded = _loaded(
-        low_tile, high_tile, scales, units, first, row_O, rows, there_O, inside, LOW, HIGH, SCALED,
-        count, size,
+        low_tile, high_tile, scales, units, digits, first, row_O, rows, there_O, inside, LOW, HIGH,
+        SCALED, count, size, N, AHEAD,
     )  # fmt: skip
     y_ON = tl.zeros([ROWS, N], tl.float32)
     for block in range(first, last):
-        # Everything is fetched a block ahead.
+        # Fetched a block ahead: digits too, if registers hold them.
         own = loaded
         loaded = _loaded(
-            low_tile, high_tile, scales, units, tl.minimum(block + 1, last - 1), row_O, rows,
-            there_O, inside, LOW, HIGH, SCALED, count, size,
+            low_tile, high_tile, scales, units, digits, tl.minimum(block + 1, last - 1), row_O,
+            rows, there_O, inside, LOW, HIGH, SCALED, count, size, N, AHEAD,
         )  # fmt: skip
+        factor_N = tl.load(factors + block * N + n)
         sum_ON = tl.zeros([ROWS, N], tl.float32)
         if SCALED:
             d_O, m_O = _unit(own[scale + count], PLACE, MINIMUM)
             met_ON = tl.zeros([ROWS, N], tl.int32)
             least_ON = tl.zeros([ROWS, N], tl.int32)
         for k in tl.static_range(8):
-            low_OI = _four_times(own[k * LOW // 8], tiles)
+            low_OI = _four_times(tl.reshape(own[k * LOW // 8], [tiles, 8, 4, 2, 2]))
             high_OI = low_OI
             if HIGH > 0:
-                high_OI = _four_times(own[LOW + k * HIGH // 8], tiles)
+                high_OI = _four_times(tl.reshape(own[LOW + k * HIGH // 8], [tiles, 8, 4, 2, 2]))
             bytes = _integers(low_OI, high_OI, codes, k, LOW, HIGH, PLACE, CODED, ASM)
             q_OI = _as_tiles(bytes, tiles)
-            x = tl.load(digits + (block * 8 + k) * (_RUN * N) + digit)
+            if AHEAD:
+                x = own[column + k]
+            else:
+                x = tl.load(digits + (block * 8 + k) * (_RUN * N // 4))
             for part in tl.static_range(parts):
-                met = x
-                if parts > 1:  # half a run at a time meets zeros in place of the other half
-                    met = tl.where(digit // 4 % 2 == part, x, 0).to(tl.int8)
-                dot_ON = tl.dot(q_OI, _as_columns(met, N))
-                if MINIMUM:
-                    group = block * (8 * parts) + k * parts + part
-                    sum_N = tl.load(sums + group * N + n)
+                x_IN = _as_columns(_halved(x, part, parts, ASM), N)
+                dot_ON = tl.dot(q_OI, x_IN)
+                if MINIMUM:  # which every digit of its group meets
+                    all_ON = tl.dot(ones_OI, x_IN)
                 if SCALED:
                     word_O = own[scale + (k * parts + part) * each // 4]
                     scale_O = _byte(word_O, (k * parts + part) * each % 4, not MINIMUM)
                     met_ON += scale_O[:, None] * dot_ON
                     if MINIMUM:
                         minimum_O = _byte(word_O, (k * parts + part) * each % 4 + 1, False)
-                        least_ON += minimum_O[:, None] * sum_N[None, :]
+                        least_ON += minimum_O[:, None] * all_ON
                 else:
                     d_O, m_O = _unit(own[scale + k], PLACE, MINIMUM)
                     sum_ON += d_O[:, None] * dot_ON.to(tl.float32)
                     if MINIMUM:
-                        sum_ON += m_O[:, None] * sum_N.to(tl.float32)[None, :]
+                        sum_ON += m_O[:, None] * all_ON.to(tl.float32)
         if SCALED:
             sum_ON = d_O[:, None] * met_ON.to(tl.float32)
             if MINIMUM:
                 sum_ON += m_O[:, None] * least_ON.to(tl.float32)
-        y_ON += tl.load(factors + block * N + n)[None, :] * sum_ON
+        y_ON += factor_N[None, :] * sum_ON
     y_OT = tl.sum(tl.reshape(y_ON, [ROWS, N // 4, 4]), axis=2)
     _deliver(
         y_OT, y, residual, partials, counters, row_O, rows, y_cols, tokens, cuts, N // 4, RESIDUAL
@@ -412,15 +430,12 @@ def _spread(
     at_OI = (row_O1 % 8 * 4 + (w % 4)[None, :]) * 4 + (w // 4 * 2)[None, :] + row_O1 % 16 // 8
     for k in tl.static_range(8):
         run = (row_O1 // _TILE * (blocks * LOW) + block * LOW + k * LOW // 8) * (_TILE * _RUN // 4)
-        low_OIB = tl.load(low + run + at_OI, mask=there_O1, other=0)[:, :, None]
-        low_OIB = tl.broadcast_to(low_OIB, [ROWS, 8, 4])
+        low_OIB = _four_times(tl.load(low + run + at_OI, mask=there_O1, other=0))
         high_OIB = low_OIB
         if HIGH > 0:
             run = row_O1 // _TILE * (blocks * HIGH) + block * HIGH + k * HIGH // 8
-            high_OIB = tl.load(
-                high + run * (_TILE * _RUN // 4) + at_OI, mask=there_O1, other=0
-            )[:, :, None]  # fmt: skip
-            high_OIB = tl.broadcast_to(high_OIB, [ROWS, 8, 4])
+            at = high + run * (_TILE * _RUN // 4) + at_OI
+            high_OIB = _four_times(tl.load(at, mask=there_O1, other=0))
         bytes = _integers(low_OIB, high_OIB, codes, k, LOW, HIGH, PLACE, CODED, ASM)
         q_OI = tl.reshape(bytes, [ROWS, _RUN]).to(tl.float32)
         if SCALED:

@@ -30,6 +30,9 @@ from sharding.kernels.triton_weights import IQ4_CODES, Part, PlanesWeight
 FEW_TOKENS = 16
 """Above, the library's GEMM is worth expanding the weight."""
 
+AHEAD_TOKENS = 4
+"""Up to so many, registers hold the next block's digits."""
+
 WORKSPACE_BYTES = 1 << 27
 """Most bytes of expanded weights at a time."""
 
@@ -91,21 +94,20 @@ class Products:
     ) -> None:
         tokens = len(x_TI)
         room = max(2, int(triton.next_power_of_2(tokens)))
-        digits: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
+        digits: dict[int, tuple[Tensor, Tensor]] = {}
         for part in weight.parts:
             planes, grid = part.planes, self._cut(part)
             columns = y_TO.shape[1]
             y, partials = y_TO[:, part.first :], x_TI.new_empty(grid[1], tokens, part.rows)
             residual = y if residual_TO is None else residual_TO[:, part.first :]
             if planes.quantised:
-                # Only formats with minima look at the sums.
-                way = part.cols // BLOCK, planes.group if planes.minimum else 32
-                if way not in digits:
-                    digits[way] = self._digits(x_TI, 4 * room, *way)
+                blocks = part.cols // BLOCK
+                if blocks not in digits:
+                    digits[blocks] = self._digits(x_TI, 4 * room, blocks)
                 triton_matmul._few[grid](
-                    *digits[way], y, residual, partials, self._counters, *part.tensors, self._codes,
-                    part.rows, way[0], columns, tokens, grid[1], 4 * room, self._tiles.rows,
-                    residual_TO is not None, *constants(part.planes),
+                    *digits[blocks], y, residual, partials, self._counters, *part.tensors, self._codes,
+                    part.rows, blocks, columns, tokens, grid[1], 4 * room, self._tiles.rows,
+                    room <= AHEAD_TOKENS, residual_TO is not None, *constants(part.planes),
                     num_warps=1, num_stages=1,
                 )  # fmt: skip
             else:
@@ -118,19 +120,16 @@ class Products:
                     residual_TO is not None, exact, num_warps=2,
                 )  # fmt: skip
 
-    def _digits(
-        self, x_TI: Tensor, width: int, blocks: int, group: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Digits, factors and sums of digits."""
+    def _digits(self, x_TI: Tensor, width: int, blocks: int) -> tuple[Tensor, Tensor]:
+        """Digits, four to a word, and factors."""
         tokens, cols = x_TI.shape
         digits = torch.empty(blocks * BLOCK, width, dtype=torch.int8, device=x_TI.device)
         factors = x_TI.new_empty(blocks, width)
-        sums = torch.empty(blocks * BLOCK // group, width, dtype=torch.int32, device=x_TI.device)
         at_once = self._tiles.blocks
         triton_matmul._digits[(width // 4, triton.cdiv(blocks, at_once))](
-            x_TI, digits, factors, sums, tokens, cols, blocks, width, group, at_once
+            x_TI, digits, factors, tokens, cols, blocks, width, at_once
         )
-        return digits, factors, sums
+        return digits.view(torch.int32), factors
 
     def _halves(self, x_TI: Tensor, width: int, padded: int) -> tuple[Tensor, Tensor]:
         """Two FP16 numbers for each activation, and what undoes their scale."""
