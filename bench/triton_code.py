@@ -29,7 +29,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from bench.report import Report
-from sharding.kernels import triton_attention, triton_matmul, triton_products, triton_rows
+from sharding.kernels import (
+    triton_attention,
+    triton_matmul,
+    triton_prefix,
+    triton_products,
+    triton_rows,
+)
 from sharding.kernels.planes import BLOCK, FLOAT_COLUMNS, PLANES, Planes
 
 Constants = dict[str, int | bool | str]
@@ -121,6 +127,8 @@ def attentions() -> Iterator[Kernel]:
         "values": "fp16",
         "y": "fp32",
         "partials": "fp32",
+        "prior": "fp16",
+        "prior_logs": "fp32",
         "items": "i32",
         "tables": "i64",
         "rows": "i32",
@@ -136,13 +144,16 @@ def attentions() -> Iterator[Kernel]:
         function = triton_attention._attend
         tile = tiles.of(dim, fine=True)
         for rows in sorted({16, triton_attention.fine_rows(dim)}):
-            size: Constants = {"ROWS": rows, "SLOTS": tile.slots, "FINE": True}
+            size: Constants = {"ROWS": rows, "SLOTS": tile.slots}
+            size |= {"FINE": True, "PRIOR": False}
             name = f"attention D{dim}, {rows} rows"
             yield Kernel(name, function, pointers, head | size, tile.warps, stages=tile.stages)
         tile = tiles.of(dim, fine=False)
-        size = {"ROWS": tile.rows, "SLOTS": tile.slots, "FINE": False}
+        size = {"ROWS": tile.rows, "SLOTS": tile.slots, "FINE": False, "PRIOR": True}
         name, rounded = f"attention D{dim}, a chunk", pointers | {"q": "fp16"}
         yield Kernel(name, function, rounded, head | size, tile.warps, stages=tile.stages)
+        pointers_of_pages = pointers | {"k": "fp16", "v": "fp16", "table": "i64"}
+        yield Kernel(f"gather D{dim}", triton_prefix._gather, pointers_of_pages, head, 1)
         yield Kernel(f"merge D{dim}", triton_attention._merge, pointers, head | {"PARTS": triton_attention.parts_merged(dim)})
 
 

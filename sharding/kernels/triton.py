@@ -142,11 +142,10 @@ class TritonKernels:
             self._index, self._works = index, {}
         dim, kv_heads = pages.head_dim, pages.kv_heads
         assert dim <= triton_attention.MOST_DIMS, dim  # `layers` says so to the user
-        shared, rows = q_TX.shape[1] // dim // kv_heads, self._tiles.of(dim, fine=False).rows
+        shared = q_TX.shape[1] // dim // kv_heads
         way = shared, window, dim
         if way not in self._works:
-            fine_rows = triton_attention.fine_rows(dim)
-            self._works[way] = triton_attention.plan_work(index, shared, window, rows, fine_rows)
+            self._works[way] = triton_attention.plan_work(index, *way, self._tiles)
         return triton_attention.attend(q_TX, index, pages, window, self._works[way], self._tiles)
 
     def gated_silu(self, gate_up_T2F: torch.Tensor) -> torch.Tensor:

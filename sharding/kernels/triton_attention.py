@@ -7,7 +7,8 @@ item of work is a run of one segment's rows over a run of its slots; all kv head
              nearly float32; slots in runs of `SPLIT` that are merged in order afterwards, so that
              a long context fills the GPU. A run begins at a multiple of SPLIT of the request:
              what else is in the batch does not show
-    chunks   many rows: queries and weights rounded to FP16, every item over all its slots
+    chunks   many rows: queries and weights rounded to FP16, every item over all its slots, or over
+             those that a library has left it (`triton_prefix.py`)
 
 The softmax is online (Milakov and Gimelshein 2018; Dao et al. 2022). Bounds: docs/numerics.md.
 
@@ -25,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sharding.batch import PAGE_SLOTS
+from sharding.kernels.triton_prefix import Library, Prefix, attend_prefixes
 from sharding.model.attention import BatchIndex, Rows
 from sharding.model.kv_cache import LayerPages
 
@@ -38,7 +40,7 @@ MOST_DIMS = 256
 """The largest head."""
 
 _PAGE = tl.constexpr(PAGE_SLOTS)
-_LOG2_E = 1.4426950408889634
+_LOG2_E = tl.constexpr(1.4426950408889634)
 
 # Weights are 2^14 at most, not 1: small ones would be lost in FP16. Their sum is raised as well.
 _RAISED = tl.constexpr(14.0)
@@ -63,6 +65,7 @@ class Tiles:
     fine_large: Tile = Tile(FINE_ROWS // 2, 64, 4)
     chunk: Tile = Tile(128, 64, 4)
     chunk_large: Tile = Tile(64, 32, 4, 2)
+    library: Library | None = None
 
     def of(self, dim: int, fine: bool) -> Tile:
         """For heads of so many numbers."""
@@ -72,11 +75,11 @@ class Tiles:
 
 
 _SLOW = Tile(64, 256, 4)
-INTERPRETED = Tiles(_SLOW, _SLOW, _SLOW, _SLOW)
+INTERPRETED = Tiles(_SLOW, _SLOW, _SLOW, _SLOW, Library(48, 256))
 """An interpreted step costs a millisecond, however large it is."""
 
-HOPPER = Tiles(chunk_large=Tile(128, 64, 8, 2))
-"""Where a program has 227 KB of shared memory."""
+HOPPER = Tiles(chunk_large=Tile(128, 64, 8, 2), library=Library())
+"""Where a program has 227 KB of shared memory, and cuDNN has kernels that are faster than ours."""
 
 
 @triton.jit
@@ -161,13 +164,13 @@ def _step(
 
 @triton.jit
 def _attend(
-    q, keys, values, y, partials, items, tables, heads, kv_heads, window, part_rows, scale,
-    DIM: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
-    FINE: tl.constexpr,
+    q, keys, values, y, partials, prior, prior_logs, items, tables, heads, kv_heads, window,
+    part_rows, scale, DIM: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr,
+    SLOTS: tl.constexpr, FINE: tl.constexpr, PRIOR: tl.constexpr,
 ):  # fmt: skip
     """One item and kv head. Chunks, whose queries are scaled FP16 already, go to `y`; fine parts to
     `partials`, as `[part, G, part_rows, DIM + 2]`: the mix of values, the largest score and the sum
-    of weights."""
+    of weights. With PRIOR a row continues from what `attend_prefixes` found."""
     item = items + tl.program_id(0) * 8
     first, position, table = tl.load(item), tl.load(item + 1), tl.load(item + 2)
     row_start, row_stop = tl.load(item + 3), tl.load(item + 4)
@@ -189,6 +192,13 @@ def _attend(
     most_R = tl.full([ROWS], float("-inf"), tl.float32)
     total_R = tl.zeros([ROWS], tl.float32)
     mixed_RD = tl.zeros([ROWS, DIMS], tl.float32)
+    if PRIOR:
+        # One weight of 2^14 at a score that stands for all: what `_weigh` would have left.
+        to_log = token_R * heads + kv_head * shared + row_R % shared
+        most_R = tl.load(prior_logs + to_log, mask=row_R < row_stop, other=float("-inf")) * _LOG2_E
+        total_R = tl.where(most_R == float("-inf"), 0.0, 1 << 14)
+        seen_RD = tl.load(prior + at[:, None] + d[None, :], mask=inside, other=0.0)
+        mixed_RD = seen_RD.to(tl.float32) * (1 << 14)
     # Slots that every row sees need no mask.
     certain = start
     if window == 0:
@@ -262,25 +272,28 @@ class Work:
     """
 
     chunks: Tensor | None
+    prefixes: Sequence[Prefix]
     fine: Tensor | None
     merged: Tensor | None
     parts: int
     rows: int
 
 
-def plan_work(
-    index: BatchIndex, shared: int, window: int, row_tile: int, fine_rows: int
-) -> Work:
-    """Cuts a batch into items; `shared` query heads have a kv head together. Segments of up to
-    `fine_rows` are computed finely."""
+def plan_work(index: BatchIndex, shared: int, window: int, dim: int, tiles: Tiles) -> Work:
+    """Cuts a batch into items; `shared` query heads have a kv head together."""
     chunks: list[tuple[int, ...]] = []
     fine: list[tuple[int, ...]] = []
     merged: list[tuple[int, ...]] = []
+    prefixes: list[Prefix] = []
     table = most = 0
     for rows in index.rows:
         count = (rows.stop - rows.first) * shared
-        if count > fine_rows:
-            chunks += _chunk_items(rows, table, shared, window, row_tile)
+        if count > fine_rows(dim):
+            slots = 0 if window else _library_slots(rows, dim, tiles.library)
+            if slots:
+                prefixes.append(Prefix(rows.first, rows.stop, table, slots))
+            row_tile = tiles.of(dim, fine=False).rows
+            chunks += _chunk_items(rows, table, shared, window, row_tile, slots)
         else:
             most = max(most, count)
             parts = list(_fine_items(rows, table, count, window, first_part=len(fine)))
@@ -294,6 +307,7 @@ def plan_work(
     device = index.tables.device
     return Work(
         chunks=_on(device, chunks),
+        prefixes=prefixes,
         fine=_on(device, fine),
         merged=_on(device, merged),
         parts=len(fine),
@@ -320,13 +334,23 @@ def _first_seen(position: int, window: int, grain: int) -> int:
     return max(0, position - window + 1) // grain * grain if window else 0
 
 
+def _library_slots(rows: Rows, dim: int, library: Library | None) -> int:
+    """Of the prefix, the library's."""
+    if library is None or rows.stop - rows.first < library.tokens:
+        return 0
+    if dim > library.dims or dim % 8:  # cuDNN's own limits
+        return 0
+    return rows.position // library.grain * library.grain
+
+
 def _chunk_items(
-    rows: Rows, table: int, shared: int, window: int, row_tile: int
+    rows: Rows, table: int, shared: int, window: int, row_tile: int, seen: int
 ) -> Iterator[tuple[int, ...]]:
+    """`seen` slots are done."""
     count = (rows.stop - rows.first) * shared
     for row in range(0, count, row_tile):
         stop = min(count, row + row_tile)
-        start_slot = _first_seen(rows.position + row // shared, window, PAGE_SLOTS)
+        start_slot = max(seen, _first_seen(rows.position + row // shared, window, PAGE_SLOTS))
         stop_slot = rows.position + (stop - 1) // shared + 1
         yield rows.first, rows.position, table, row, stop, start_slot, stop_slot, 0
 
@@ -348,23 +372,26 @@ def attend(
     dim, kv_heads = pages.head_dim, pages.kv_heads
     heads, dims = q_TX.shape[1] // dim, max(16, triton.next_power_of_2(dim))
     y_TX = torch.empty_like(q_TX)
-    keys, values, scale = pages.k_PGDS, pages.v_PGSD, _LOG2_E * dim**-0.5
+    keys, values, scale = pages.k_PGDS, pages.v_PGSD, _LOG2_E.value * dim**-0.5
     if work.chunks is not None:
         tile, count = tiles.of(dim, fine=False), q_TX.numel()
         half_TX = torch.empty_like(q_TX, dtype=torch.float16)
         _round_queries[(triton.cdiv(count, 4096),)](q_TX, half_TX, scale, count, 4096)
+        prior, logs = half_TX, y_TX
+        if work.prefixes:
+            prior, logs = attend_prefixes(half_TX, index, pages, work.prefixes)
         _attend[(len(work.chunks), kv_heads)](
-            half_TX, keys, values, y_TX, y_TX, work.chunks, index.tables, heads, kv_heads, window,
-            0, scale, dim, dims, tile.rows, tile.slots, False,
-            num_warps=tile.warps, num_stages=tile.stages,
+            half_TX, keys, values, y_TX, y_TX, prior, logs, work.chunks, index.tables, heads,
+            kv_heads, window, 0, scale, dim, dims, tile.rows, tile.slots, False,
+            bool(work.prefixes), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     if work.fine is not None and work.merged is not None:
         tile = tiles.of(dim, fine=True)
         partials = q_TX.new_empty(work.parts, kv_heads, work.rows, dim + 2)
         _attend[(work.parts, kv_heads)](
-            q_TX, keys, values, y_TX, partials, work.fine, index.tables, heads, kv_heads, window,
-            work.rows, scale, dim, dims, 16 if work.rows <= 16 else tile.rows, tile.slots, True,
-            num_warps=tile.warps, num_stages=tile.stages,
+            q_TX, keys, values, y_TX, partials, q_TX, q_TX, work.fine, index.tables, heads,
+            kv_heads, window, work.rows, scale, dim, dims, 16 if work.rows <= 16 else tile.rows,
+            tile.slots, True, False, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         _merge[(len(work.merged), kv_heads)](
             partials, y_TX, work.merged, heads, kv_heads, work.rows, dim, dims, parts_merged(dim)

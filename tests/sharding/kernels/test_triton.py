@@ -3,6 +3,8 @@ twin: on a GPU where there is one, else in Triton's interpreter (`conftest.py` d
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,7 +16,9 @@ from sharding.errors import UnsupportedModelError
 from sharding.kernels.planes import planes_resident
 from sharding.kernels.reference import ReferenceKernels
 from sharding.kernels.triton import TritonKernels
-from sharding.kernels.triton_attention import SPLIT, fine_rows
+from sharding.kernels import triton_attention
+from sharding.kernels.triton_attention import SPLIT, fine_rows, plan_work
+from sharding.kernels.triton_prefix import Library
 from sharding.kernels.triton_weights import PlanesWeight
 from sharding.model.attention import BatchIndex
 from sharding.model.kv_cache import LayerPages
@@ -273,6 +277,29 @@ def test_attention(window: int, heads: Heads, size: float) -> None:
             steps_of(count, rows.stop + length),
         )
         assert within(found[part], expected)
+
+
+@pytest.mark.parametrize("heads", [Heads(3, 1, 64), Heads(4, 2, 128), Heads(2, 2, 104)])
+def test_attention_over_a_prefix_that_a_library_does(heads: Heads) -> None:
+    """Two chunks with long prefixes, one of them split by the library's grain, one without."""
+    length, library = 900, Library(tokens=48, grain=256)
+    pages = random_pages(heads, length)
+    index = index_of(heads, [(0, 512, 70), (0, 830, 60), (0, 0, 50), (0, length - 1, 1)], length)
+    q_TX = normal(181, heads.heads * heads.dim) * 2
+    tiles = replace(KERNELS._tiles, library=library)
+    work = plan_work(index.to(DEVICE), heads.heads // heads.kv_heads, 0, heads.dim, tiles)
+    assert [prefix.slots for prefix in work.prefixes] == [512, 768]
+    found = triton_attention.attend(
+        q_TX.to(DEVICE), index.to(DEVICE), on_device(pages), 0, work, tiles
+    ).cpu()
+    q_THD = q_TX.unflatten(1, (-1, heads.dim))
+    for rows in index.rows:
+        part = slice(rows.first, rows.stop)
+        fine = rows.stop - rows.first == 1
+        truth, bound = triton_bounds.attention(q_THD[part], rows, pages, 0, fine, 40)
+        if rows.position >= library.grain and not fine:
+            bound = bound + triton_bounds.library_attention(q_THD[part], rows, pages)
+        assert within(found.unflatten(1, (-1, heads.dim))[part], (truth, bound))
 
 
 def test_the_bounds_of_attention_are_not_a_formality() -> None:

@@ -97,3 +97,14 @@ def attention(
     weight_error = torch.expm1(off + 4 * U * fall + (steps + 2) * 4 * U + rounding)
     adding = gamma(2 * halves * min(length, window or length) + 4 * steps + 8)
     return exact.mixed(weight_error, adding, length * 2.0**-38 * (exact.v.abs().max() + 1))
+
+
+def library_attention(q_THD: torch.Tensor, rows: Rows, pages: LayerPages) -> torch.Tensor:
+    """What a library's part adds, `[T, H, D]`: its result is FP16, and so are its weights, at most
+    1, of which each may lose what rounding to a subnormal does."""
+    exact = bounds.exact_attention(q_THD, rows, pages, 0)
+    length = rows.position + len(q_THD)
+    largest = exact.v.abs().max() + 1
+    zero = torch.zeros_like(exact.scores)
+    _, halved = exact.mixed(zero + 2 * U16, 0.0, (length + 1) * HALF_TINY * largest)
+    return halved
