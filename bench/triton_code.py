@@ -154,7 +154,12 @@ def attentions() -> Iterator[Kernel]:
         yield Kernel(name, function, rounded, head | size, tile.warps, stages=tile.stages)
         pointers_of_pages = pointers | {"k": "fp16", "v": "fp16", "table": "i64"}
         yield Kernel(f"gather D{dim}", triton_prefix._gather, pointers_of_pages, head, 1)
-        yield Kernel(f"merge D{dim}", triton_attention._merge, pointers, head | {"PARTS": triton_attention.parts_merged(dim)})
+        yield Kernel(
+            f"merge D{dim}",
+            triton_attention._merge,
+            pointers,
+            head | {"PARTS": triton_attention.parts_merged(dim)},
+        )
 
 
 def rows() -> Iterator[Kernel]:

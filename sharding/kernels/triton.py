@@ -29,11 +29,12 @@ except ImportError as missing:
     ) from missing
 
 from sharding.kernels import triton_attention, triton_products, triton_rows
+from sharding.kernels.triton_graphs import Graphs
 from sharding.kernels.triton_weights import PlanesWeight, pack
 
 if TYPE_CHECKING:
     from sharding.gguf.reader import GGUFFile
-    from sharding.kernels import BlockWeights, Weight
+    from sharding.kernels import BlockWeights, Layers, Weight
     from sharding.model.attention import BatchIndex
     from sharding.model.kv_cache import LayerPages
 
@@ -156,22 +157,68 @@ class TritonKernels:
         """Block by block, then among the blocks' best."""
         return triton_rows.gumbel_argmax(scaled_V, seed, position)
 
-    def layers(
-        self, weights: Sequence[BlockWeights], pages: Sequence[LayerPages]
-    ) -> ComposedLayers:
-        """Kernel by kernel. Raises `UnsupportedModelError` for heads beyond the kernels' range."""
+    def layers(self, weights: Sequence[BlockWeights], pages: Sequence[LayerPages]) -> Layers:
+        """Kernel by kernel, or as graphs. Raises `UnsupportedModelError` for heads beyond the kernels' range."""
         for layer in pages:
             if layer.head_dim > triton_attention.MOST_DIMS:
                 raise UnsupportedModelError(
                     f"attention heads of {layer.head_dim} numbers; the Triton kernels take up to "
                     f"{triton_attention.MOST_DIMS}"
                 )
-        return ComposedLayers(self, weights, pages)
+        composed = ComposedLayers(self, weights, pages)
+        return composed if self.device.type != "cuda" else GraphedLayers(self, composed)
+
+    def cuts(
+        self, index: BatchIndex, ways: Sequence[tuple[int, int, int]]
+    ) -> list[triton_attention.Items]:
+        """How attention is cut: for each way, query heads of a kv head, window and head dim."""
+        return [triton_attention.plan_items(index, *way, self._tiles) for way in ways]
+
+    def use(
+        self, index: BatchIndex, works: dict[tuple[int, int, int], triton_attention.Work]
+    ) -> None:
+        """Attention of that batch is cut so, by way."""
+        self._index, self._works = index, works
+
+
+class GraphedLayers:
+    """`Layers` on a GPU: single tokens as CUDA graphs, everything else kernel by kernel."""
+
+    def __init__(self, kernels: TritonKernels, composed: ComposedLayers) -> None:
+        self._kernels = kernels
+        self._composed = composed
+        # All that blocks may differ by, of what cuts attention.
+        self._ways = sorted(
+            {
+                (_shared(block, pages), block.window, pages.head_dim)
+                for block, pages in zip(composed.weights, composed.pages, strict=True)
+            }
+        )
+        self._graphs = Graphs(kernels.device, self._run)
+
+    def run(self, x_TI: torch.Tensor, index: BatchIndex) -> torch.Tensor:
+        """Hidden states after all blocks; writes the batch's keys and values."""
+        decoding = all(rows.stop - rows.first == 1 for rows in index.rows)
+        if not decoding or not 0 < len(x_TI) <= triton_products.FEW_TOKENS:
+            return self._composed.run(x_TI, index)
+        return self._graphs.run(x_TI, index, self._kernels.cuts(index, self._ways))
+
+    def _run(
+        self, x_TI: torch.Tensor, index: BatchIndex, works: Sequence[triton_attention.Work]
+    ) -> torch.Tensor:
+        self._kernels.use(index, dict(zip(self._ways, works, strict=True)))
+        return self._composed.run(x_TI, index)
+
+
+def _shared(block: BlockWeights, pages: LayerPages) -> int:
+    """Query heads that share a kv head."""
+    return block.attn_output.cols // pages.head_dim // pages.kv_heads
 
 
 def _tiles(device: torch.device) -> triton_attention.Tiles:
     """By the shared memory of a program."""
-    most = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    # In torch, but not in its types.
+    most = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
     return triton_attention.HOPPER if most >= 227 << 10 else triton_attention.Tiles()
 
 

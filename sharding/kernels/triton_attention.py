@@ -265,11 +265,19 @@ def _merge(
 
 
 @dataclass(frozen=True)
-class Work:
-    """What the kernels do of a batch, on the device: the same in every layer of one window.
+class Items:
+    """How a batch is cut, on the host. `rows`: the most of a fine segment."""
 
-    `rows`: the most of a fine segment.
-    """
+    chunks: Sequence[tuple[int, ...]]
+    prefixes: Sequence[Prefix]
+    fine: Sequence[tuple[int, ...]]
+    merged: Sequence[tuple[int, ...]]
+    rows: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """The same on the device, for the kernels of every layer of one window; so many fine parts."""
 
     chunks: Tensor | None
     prefixes: Sequence[Prefix]
@@ -279,7 +287,7 @@ class Work:
     rows: int
 
 
-def plan_work(index: BatchIndex, shared: int, window: int, dim: int, tiles: Tiles) -> Work:
+def plan_items(index: BatchIndex, shared: int, window: int, dim: int, tiles: Tiles) -> Items:
     """Cuts a batch into items; `shared` query heads have a kv head together."""
     chunks: list[tuple[int, ...]] = []
     fine: list[tuple[int, ...]] = []
@@ -304,14 +312,19 @@ def plan_work(index: BatchIndex, shared: int, window: int, dim: int, tiles: Tile
         table += len(rows.pages)
     # The longest first, so that the last to begin is not the last to end.
     chunks.sort(key=lambda item: item[6] - item[5], reverse=True)
-    device = index.tables.device
+    return Items(chunks, prefixes, fine, merged, most)
+
+
+def plan_work(index: BatchIndex, shared: int, window: int, dim: int, tiles: Tiles) -> Work:
+    """The cut of a batch, on its device."""
+    items, device = plan_items(index, shared, window, dim, tiles), index.tables.device
     return Work(
-        chunks=_on(device, chunks),
-        prefixes=prefixes,
-        fine=_on(device, fine),
-        merged=_on(device, merged),
-        parts=len(fine),
-        rows=most,
+        chunks=_on(device, items.chunks),
+        prefixes=items.prefixes,
+        fine=_on(device, items.fine),
+        merged=_on(device, items.merged),
+        parts=len(items.fine),
+        rows=items.rows,
     )
 
 

@@ -187,7 +187,8 @@ def _in_runs(q_OI: Tensor, bits: int) -> Tensor:
         byte |= fields[:, :, k] << (bits * k)
     byte = torch.nn.functional.pad(byte, (0, 0, 0, 0, 0, -len(byte) % TILE))
     tiles = byte.unflatten(0, (-1, 2, 8)).unflatten(-1, (2, 4, 4))  # tile, r, g, run, h, t, b
-    return tiles.permute(0, 3, 2, 5, 4, 1, 6).flatten(1).contiguous().view(torch.int32)
+    ordered: Tensor = tiles.permute(0, 3, 2, 5, 4, 1, 6)
+    return ordered.flatten(1).contiguous().view(torch.int32)
 
 
 def _beside(split: dict[str, Tensor], first: str, second: str, count: int) -> Tensor:

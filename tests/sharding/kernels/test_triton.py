@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 pytest.importorskip("triton", reason="Triton is for Linux on x86-64")
 
 from sharding.errors import UnsupportedModelError
+from sharding.kernels import triton_attention
 from sharding.kernels.planes import planes_resident
 from sharding.kernels.reference import ReferenceKernels
 from sharding.kernels.triton import TritonKernels
-from sharding.kernels import triton_attention
 from sharding.kernels.triton_attention import SPLIT, fine_rows, plan_work
 from sharding.kernels.triton_prefix import Library
 from sharding.kernels.triton_weights import PlanesWeight

@@ -88,7 +88,8 @@ class DisturbedKernels(ReferenceKernels):
         q_THD = q_TX.unflatten(1, (-1, pages.head_dim))
         for rows in index.rows:
             part = slice(rows.first, rows.stop)
-            fine = q_THD[part].shape[0] * q_THD.shape[1] // pages.kv_heads <= fine_rows(pages.head_dim)
+            count = q_THD[part].shape[0] * q_THD.shape[1] // pages.kv_heads
+            fine = count <= fine_rows(pages.head_dim)
             _, bound = triton_bounds.attention(q_THD[part], rows, pages, window, fine, 4)
             y_TX[part] += self._shares(y_TX[part]) * bound.flatten(1).float()
         return y_TX
