@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := $(BIN)/python -m pip install --quiet --quiet -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint sanitize gpu-test setup clean
+.PHONY: help demo test lint sanitize gpu-test gpu-bench setup clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s%s\n", $$1, $$2 }' Makefile
@@ -44,10 +44,13 @@ sanitize: $(VENV)/.test  ## run the CPU kernels' tests under AddressSanitizer an
 
 # Another Python than .venv's, say with a torch built for CUDA: `make gpu-test GPU_PYTHON=python3`.
 GPU_PYTHON ?= $(BIN)/python
-$(if $(filter $(BIN)/python,$(GPU_PYTHON)),gpu-test: $(VENV)/.test)
+$(if $(filter $(BIN)/python,$(GPU_PYTHON)),gpu-test gpu-bench: $(VENV)/.test)
 
 gpu-test:  ## run the GPU kernels' tests on this machine's GPU (4 minutes)
 	@$(GPU_PYTHON) -m tests.gpu
+
+gpu-bench:  ## measure a 7B model on this machine's GPU, to contexts of 65,536 (a minute)
+	@$(GPU_PYTHON) -m bench.gpu --keep
 
 setup: $(VENV)/.runtime  ## install Longspan into .venv
 

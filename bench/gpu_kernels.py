@@ -3,10 +3,12 @@
     python -m bench.gpu_kernels [--only Q4_K] [--keep]
     TRITON_INTERPRET=1 python -m bench.gpu_kernels --tiny     does it run? its times mean nothing
 
-Figures of a row, from median times (Triton's `do_bench`, which empties the cache in between):
+Figures of a row, from median times. Products and attention run over copies of their operands that
+are more than the cache holds, in a CUDA graph, as a decoded token runs them; the others by Triton's
+`do_bench`, which empties the cache in between:
 
-    us               of one call on the device; what the host does before it is mostly hidden
-                     behind the emptying of the cache
+    us               of one call on the device, all kernels of it
+    kernel_us        of a product of few tokens, without what makes digits of activations
     gb_s, of_copy    bytes that must be read (planes, KV, activations) and their share of what
                      copying memory reaches, counted as read and written
     tflop_s, of_gemm two for each multiplication and addition, and their share of torch's bf16 GEMM
@@ -19,7 +21,7 @@ from __future__ import annotations
 
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated
@@ -31,24 +33,29 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from bench.operands import Heads, Shape, filled_layers, one_request, raw_file
 from bench.report import Report
+from sharding.kernels.planes import BLOCK
 from sharding.kernels.triton import TritonKernels, interpreted
+from sharding.kernels.triton_products import FEW_TOKENS
 from sharding.model.kv_cache import LayerPages
 
 FORMATS = ("Q4_K", "Q6_K", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_K", "F16")
 SHAPES: tuple[Shape, ...] = ((4096, 4096), (11008, 4096), (4096, 11008), (32000, 4096))
 HEADS: tuple[Heads, ...] = ((32, 32, 128), (32, 8, 128), (4, 1, 256))
 DEPTH, CHUNK = 65536, 4096
+COLD_BYTES, MOST_COPIES, REPLAYS = 250_000_000, 30, 9
 
 
 @dataclass(frozen=True)
 class Case:
-    """A row: what is called, the bytes it must read, its operations, how a library does it."""
+    """A row: what is called, once on each copy of its operands; the bytes it must read, its
+    operations, how a library does it, what comes `before` the kernel proper."""
 
     test: str
-    call: Callable[[], object]
+    calls: Sequence[Callable[[], object]]
     n_bytes: int = 0
     flops: int = 0
     library: Callable[[], object] | None = None
+    before: Callable[[], object] | None = None
 
 
 @dataclass(frozen=True)
@@ -84,34 +91,40 @@ class Cases:
             yield from self._rows(tokens)
         scaled_V = torch.randn(self._sizes.shapes[-1][0], device=self._device).double()
         draw = partial(self._kernels.gumbel_argmax, scaled_V, 1, 2)
-        yield Case(f"draw of {len(scaled_V)}", draw, scaled_V.nbytes)
+        yield Case(f"draw of {len(scaled_V)}", [draw], scaled_V.nbytes)
 
     def _products(self, format: str, shape: Shape) -> Iterator[Case]:
         kernels, (rows, cols) = self._kernels, shape
-        weight = kernels.pack(raw_file(format, shape), ["w"])
-        expanded_OI = kernels.embed(weight, torch.arange(rows)).half()
+        file = raw_file(format, shape)
+        first = kernels.pack(file, ["w"])
+        copies = [first, *(kernels.pack(file, ["w"]) for _ in range(_more(first.n_bytes)))]
+        expanded_OI = kernels.embed(first, torch.arange(rows)).half()
         for tokens in (1, 4, 16, self._sizes.chunk):
             x_TI = torch.randn(tokens, cols, device=self._device)
+            few = tokens <= FEW_TOKENS and format != "F16"
             yield Case(
                 f"matmul {format} {rows}x{cols} T{tokens}",
-                partial(kernels.matmul, x_TI, weight),
-                weight.n_bytes + x_TI.nbytes,
+                [partial(kernels.matmul, x_TI, weight) for weight in copies],
+                first.n_bytes + x_TI.nbytes,
                 2 * rows * cols * tokens,
                 partial(torch.mm, x_TI.half(), expanded_OI.t()),
+                partial(kernels._products.digits, x_TI, -(-cols // BLOCK)) if few else None,
             )
 
     def _attention(self, heads: Heads) -> Iterator[Case]:
         queries, groups, dim = heads
+        first = filled_layers(1, heads, self._sizes.depth)[0]
+        n_bytes = self._sizes.depth * groups * dim * 4
+        copies = [self._on_device(first) for _ in range(1 + _more(n_bytes))]
         for tokens in (1, 16, 64, self._sizes.chunk):
             depth = self._sizes.depth - tokens
-            pages = self._on_device(filled_layers(1, heads, self._sizes.depth)[0])
             index = one_request(heads, depth, tokens).to(self._device)
             q_TX = torch.randn(tokens, queries * dim, device=self._device)
             seen = tokens * depth + tokens * (tokens + 1) // 2
             yield Case(
                 f"attention {queries}/{groups} heads T{tokens} @ d{depth}",
-                partial(self._kernels.attention, q_TX, index, pages),
-                self._sizes.depth * groups * dim * 4 + q_TX.nbytes,
+                [partial(self._kernels.attention, q_TX, index, pages) for pages in copies],
+                n_bytes + q_TX.nbytes,
                 4 * queries * dim * seen,
                 self._library_attention(heads, tokens) if tokens == 1 else None,
             )
@@ -123,21 +136,21 @@ class Cases:
         x_TI = torch.randn(tokens, width, device=self._device)
         scale_I = torch.randn(width, device=self._device)
         norm = partial(kernels.rms_norm, x_TI, scale_I, 1e-5)
-        yield Case(f"rms_norm {width} T{tokens}", norm, 2 * x_TI.nbytes)
+        yield Case(f"rms_norm {width} T{tokens}", [norm], 2 * x_TI.nbytes)
         gate_up = torch.randn(tokens, 2 * width, device=self._device)
         gate = partial(kernels.gated_silu, gate_up)
-        yield Case(f"gated_silu {width} T{tokens}", gate, gate_up.nbytes * 3 // 2)
+        yield Case(f"gated_silu {width} T{tokens}", [gate], gate_up.nbytes * 3 // 2)
         pages = self._on_device(filled_layers(1, heads, tokens)[0])
         index = one_request(heads, 0, tokens).to(self._device)
         qkv_TX = torch.randn(tokens, (queries + 2 * groups) * dim, device=self._device)
         written = tokens * dim * (4 * queries + 2 * 2 * groups)
         turn = partial(kernels.rotate_and_store, qkv_TX, index, pages)
-        yield Case(f"rotate_and_store T{tokens}", turn, qkv_TX.nbytes + written)
+        yield Case(f"rotate_and_store T{tokens}", [turn], qkv_TX.nbytes + written)
         weight = kernels.pack(raw_file("Q4_K", self._sizes.shapes[0]), ["w"])
         ids_T = torch.randint(0, weight.rows, (tokens,), device=self._device)
         read = weight.n_bytes // weight.rows * tokens
         embed = partial(kernels.embed, weight, ids_T)
-        yield Case(f"embed Q4_K T{tokens}", embed, read + 4 * weight.cols * tokens)
+        yield Case(f"embed Q4_K T{tokens}", [embed], read + 4 * weight.cols * tokens)
 
     def _library_attention(self, heads: Heads, tokens: int) -> Callable[[], object]:
         queries, groups, dim = heads
@@ -152,13 +165,36 @@ class Cases:
         return LayerPages(pages.k_PGDS.to(self._device), pages.v_PGSD.to(self._device))
 
 
-def time_us(call: Callable[[], object]) -> float:
-    """The median on a GPU; interpreted, one call's."""
-    if not interpreted():
-        return float(triton.testing.do_bench(call, return_mode="median")) * 1e3
-    begin = time.perf_counter()
-    call()
-    return (time.perf_counter() - begin) * 1e6
+def _more(n_bytes: int) -> int:
+    """Copies beside the first that make more than a GPU's cache holds; none to interpret."""
+    return 0 if interpreted() else min(COLD_BYTES // n_bytes, MOST_COPIES)
+
+
+def time_us(calls: Sequence[Callable[[], object]]) -> float:
+    """Of one call, the median on a GPU; interpreted, one call's."""
+    if interpreted():
+        begin = time.perf_counter()
+        calls[0]()
+        return (time.perf_counter() - begin) * 1e6
+    if len(calls) == 1:
+        return float(triton.testing.do_bench(calls[0], return_mode="median")) * 1e3
+    calls[0]()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    found = [_elapsed_us(graph) / len(calls) for _ in range(REPLAYS)]
+    return sorted(found)[len(found) // 2]
+
+
+def _elapsed_us(graph: torch.cuda.CUDAGraph) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) * 1e3
 
 
 class Ceilings:
@@ -174,16 +210,16 @@ class Ceilings:
 
     def copy_gb_s(self) -> float:
         """Read and written."""
-        return 2 * self._from.nbytes / time_us(lambda: self._to.copy_(self._from)) / 1e3
+        return 2 * self._from.nbytes / time_us([lambda: self._to.copy_(self._from)]) / 1e3
 
     def gemm_tflop_s(self) -> float:
         """Of bf16."""
-        return 2 * len(self._a) ** 3 / time_us(lambda: self._a @ self._b) / 1e6
+        return 2 * len(self._a) ** 3 / time_us([lambda: self._a @ self._b]) / 1e6
 
 
 def figures(case: Case, ceilings: Ceilings) -> dict[str, float]:
     """A row's figures."""
-    us, copy, gemm = time_us(case.call), ceilings.copy_gb_s(), ceilings.gemm_tflop_s()
+    us, copy, gemm = time_us(case.calls), ceilings.copy_gb_s(), ceilings.gemm_tflop_s()
     gb_s, tflop_s = case.n_bytes / us / 1e3, case.flops / us / 1e6
     found = {
         "us": us,
@@ -195,7 +231,9 @@ def figures(case: Case, ceilings: Ceilings) -> dict[str, float]:
         "gemm_tflop_s": gemm,
     }
     if case.library is not None:
-        found["library_us"] = time_us(case.library)
+        found["library_us"] = time_us([case.library])
+    if case.before is not None:
+        found["kernel_us"] = us - time_us([case.before] * len(case.calls))
     return {name: float(f"{value:.4g}") for name, value in found.items()}
 
 

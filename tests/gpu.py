@@ -6,6 +6,7 @@ hypothesis: neither the compiled CPU kernels nor Ray.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -15,7 +16,8 @@ import pytest
 from sharding.errors import LongspanError
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = ("test_triton.py", "test_triton_stage.py")
+FILES = ("test_triton_stage.py", "test_triton.py", "test_triton_graphs.py")
+MOST_PROCESSES = 8
 
 
 def main() -> int:
@@ -40,7 +42,17 @@ def main() -> int:
     files = [str(ROOT / "tests" / "sharding" / "kernels" / name) for name in FILES]
     # Neither the suite's settings nor its shared fixtures, which ask for what is not needed here.
     plain = ["-c", os.devnull, "--rootdir", str(ROOT), "--noconftest", "-p", "no:cacheprovider"]
-    return int(pytest.main([*plain, "-q", "--durations=5", *files]))
+    return int(pytest.main([*plain, "-q", "--durations=5", *_side_by_side(), *files]))
+
+
+def _side_by_side() -> list[str]:
+    """Processes, where pytest-xdist is: nearly all of the time is Triton's compiler and the slow
+    twin on the host."""
+    processes = min(MOST_PROCESSES, (os.cpu_count() or 1) // 2)
+    if importlib.util.find_spec("xdist") is None or processes < 2:
+        return []
+    os.environ.setdefault("OMP_NUM_THREADS", "2")
+    return ["-n", str(processes)]
 
 
 if __name__ == "__main__":

@@ -158,7 +158,8 @@ class TritonKernels:
         return triton_rows.gumbel_argmax(scaled_V, seed, position)
 
     def layers(self, weights: Sequence[BlockWeights], pages: Sequence[LayerPages]) -> Layers:
-        """Kernel by kernel, or as graphs. Raises `UnsupportedModelError` for heads beyond the kernels' range."""
+        """Kernel by kernel, on a GPU as graphs too. Raises `UnsupportedModelError` for heads beyond
+        the kernels' range."""
         for layer in pages:
             if layer.head_dim > triton_attention.MOST_DIMS:
                 raise UnsupportedModelError(

@@ -63,7 +63,7 @@ class Tiles:
 
     fine: Tile = Tile(FINE_ROWS, 32, 1)
     fine_large: Tile = Tile(FINE_ROWS // 2, 64, 4)
-    chunk: Tile = Tile(128, 64, 4)
+    chunk: Tile = Tile(128, 64, 8)
     chunk_large: Tile = Tile(64, 32, 4, 2)
     library: Library | None = None
 
@@ -78,7 +78,7 @@ _SLOW = Tile(64, 256, 4)
 INTERPRETED = Tiles(_SLOW, _SLOW, _SLOW, _SLOW, Library(48, 256))
 """An interpreted step costs a millisecond, however large it is."""
 
-HOPPER = Tiles(chunk_large=Tile(128, 64, 8, 2), library=Library())
+HOPPER = Tiles(chunk=Tile(128, 64, 4), chunk_large=Tile(128, 64, 8, 2), library=Library())
 """Where a program has 227 KB of shared memory, and cuDNN has kernels that are faster than ours."""
 
 

@@ -19,28 +19,36 @@ _FLOAT_COLUMNS = tl.constexpr(FLOAT_COLUMNS)
 
 
 @triton.jit
+def _four_times(words):
+    """Each word four times, side by side in a thread, `[..., 4]`; a broadcast would be moved to
+    where it is cheapest, which is after what is done to whole words."""
+    twice = tl.join(words, words)
+    return tl.reshape(tl.join(twice, twice), words.shape + [4])
+
+
+@triton.jit
 def _bits(words, left: tl.constexpr, mask: tl.constexpr, ASM: tl.constexpr):
-    """Of `words` `[..., 4]`, each four times, byte i under `mask` in place i, shifted to the left
-    (right where negative): uint8.
+    """Bytes of words, uint8 `[..., 4]`, under `mask` once shifted left (right where negative).
 
     In assembly all four at once: Triton's compiler takes them apart."""
     # What Triton compiles has one `return`: what followed another would be compiled as well.
     if ASM and mask == 255:
         found = tl.inline_asm_elementwise(
-            "mov.b32 $0, $1;", "=r,r,r,r,r", [words], dtype=tl.uint8, is_pure=True, pack=4
-        )
+            "mov.b32 $0, $1;", "=r,r,r,r,r", [_four_times(words)], dtype=tl.uint8, is_pure=True,
+            pack=4,
+        )  # fmt: skip
     elif ASM and left > 0:
         found = tl.inline_asm_elementwise(
             f"{{ shl.b32 $0, $1, {left}; and.b32 $0, $0, {mask * 0x01010101}; }}", "=r,r,r,r,r",
-            [words], dtype=tl.uint8, is_pure=True, pack=4,
+            [_four_times(words)], dtype=tl.uint8, is_pure=True, pack=4,
         )  # fmt: skip
     elif ASM:
         found = tl.inline_asm_elementwise(
             f"{{ shr.u32 $0, $1, {-left}; and.b32 $0, $0, {mask * 0x01010101}; }}", "=r,r,r,r,r",
-            [words], dtype=tl.uint8, is_pure=True, pack=4,
+            [_four_times(words)], dtype=tl.uint8, is_pure=True, pack=4,
         )  # fmt: skip
     else:
-        byte = (words >> (tl.arange(0, 4) * 8)) & 255
+        byte = (tl.expand_dims(words, len(words.shape)) >> (tl.arange(0, 4) * 8)) & 255
         found = ((byte << left if left > 0 else byte >> -left) & mask).to(tl.uint8)
     return found
 
@@ -62,18 +70,14 @@ def _integers(
     low, high, codes, k: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, PLACE: tl.constexpr,
     CODED: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Of column 32 k + i of a block, int8 and exact, times 2^PLACE, from words `[..., 4]`."""
+    """Of column 32 k + i of a block, int8 `[..., 4]` and exact, times 2^PLACE, from words."""
     left: tl.constexpr = PLACE - k * LOW % 8
     found = _bits(low, left, ((1 << LOW) - 1) << PLACE, ASM)
     if HIGH > 0:
         upper: tl.constexpr = PLACE + LOW - k * HIGH % 8
         bits = _bits(high, upper, ((1 << HIGH) - 1) << (PLACE + LOW), ASM)
         found = _joined(found, bits, ASM)
-    if CODED:
-        values = tl.load(codes + found.to(tl.int32))
-    else:
-        values = found.to(tl.int8, bitcast=True)
-    return values
+    return tl.load(codes + found.to(tl.int32)) if CODED else found.to(tl.int8, bitcast=True)
 
 
 @triton.jit
@@ -102,26 +106,18 @@ def _loaded(
 
 
 @triton.jit
-def _four_times(words):
-    """Each word four times, side by side in a thread, `[..., 4]`; a broadcast would be moved to
-    where it is cheapest, which is after what is done to whole words."""
-    twice = tl.join(words, words)
-    return tl.reshape(tl.join(twice, twice), words.shape + [4])
-
-
-@triton.jit
 def _as_tiles(bytes, TILES: tl.constexpr):
-    """Bytes in the order of `planes.py` `[tile, g, t, h, r, b]` as rows `[16 TILES, 32]`, columns in
-    the order t, h, b: eight of each thread, as the compiler deals out what was joined."""
+    """Bytes in the order of `planes.py` `[tile, g, t, h, r, b]` as rows `[16 TILES, 32]`, columns
+    in the order t, h, b: eight of each thread, as the compiler deals out what was joined."""
     return tl.reshape(tl.permute(bytes, [0, 4, 1, 2, 3, 5]), [TILES * _TILE, _RUN])
 
 
 @triton.jit
 def _halved(words, part: tl.constexpr, PARTS: tl.constexpr, ASM: tl.constexpr):
-    """Words of digits in the order of `_digits`, as bytes; of two parts one, zeros for the other."""
+    """Words of digits in the order of `_digits`, as bytes; of two parts one, zeros for the rest."""
     if PARTS > 1:
         words = tl.where(tl.arange(0, words.shape[0]) % 2 == part, words, 0)
-    return _bits(_four_times(words), 0, 255, ASM).to(tl.int8, bitcast=True)
+    return _bits(words, 0, 255, ASM).to(tl.int8, bitcast=True)
 
 
 @triton.jit
@@ -148,11 +144,7 @@ def _unit(bits, PLACE: tl.constexpr, MINIMUM: tl.constexpr):
 @triton.jit
 def _byte(word, at, SIGNED: tl.constexpr):
     """Byte `at` of a word, as a number."""
-    if SIGNED:
-        found = (word << (24 - 8 * at)) >> 24
-    else:
-        found = (word >> (8 * at)) & 255
-    return found
+    return (word << (24 - 8 * at)) >> 24 if SIGNED else (word >> (8 * at)) & 255
 
 
 @triton.jit
@@ -246,8 +238,9 @@ def _deliver(
 def _few(
     digits, factors, y, residual, partials, counters, low, high, scales, units, codes, rows,
     blocks, y_cols, tokens, cuts, N: tl.constexpr, ROWS: tl.constexpr, AHEAD: tl.constexpr,
-    RESIDUAL: tl.constexpr, ASM: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, PLACE: tl.constexpr,
-    GROUP: tl.constexpr, SCALED: tl.constexpr, MINIMUM: tl.constexpr, CODED: tl.constexpr,
+    RESIDUAL: tl.constexpr, ASM: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    PLACE: tl.constexpr, GROUP: tl.constexpr, SCALED: tl.constexpr, MINIMUM: tl.constexpr,
+    CODED: tl.constexpr,
 ):  # fmt: skip
     """`residual + x @ weight.T` of some rows: products of bytes, exact in int32, group by group.
 
@@ -292,16 +285,14 @@ def _few(
             met_ON = tl.zeros([ROWS, N], tl.int32)
             least_ON = tl.zeros([ROWS, N], tl.int32)
         for k in tl.static_range(8):
-            low_OI = _four_times(tl.reshape(own[k * LOW // 8], [tiles, 8, 4, 2, 2]))
+            low_OI = tl.reshape(own[k * LOW // 8], [tiles, 8, 4, 2, 2])
             high_OI = low_OI
             if HIGH > 0:
-                high_OI = _four_times(tl.reshape(own[LOW + k * HIGH // 8], [tiles, 8, 4, 2, 2]))
+                high_OI = tl.reshape(own[LOW + k * HIGH // 8], [tiles, 8, 4, 2, 2])
             bytes = _integers(low_OI, high_OI, codes, k, LOW, HIGH, PLACE, CODED, ASM)
             q_OI = _as_tiles(bytes, tiles)
-            if AHEAD:
-                x = own[column + k]
-            else:
-                x = tl.load(digits + (block * 8 + k) * (_RUN * N // 4))
+            group = digits + (block * 8 + k) * (_RUN * N // 4)
+            x = own[column + k] if AHEAD else tl.load(group)
             for part in tl.static_range(parts):
                 x_IN = _as_columns(_halved(x, part, parts, ASM), N)
                 dot_ON = tl.dot(q_OI, x_IN)
@@ -430,13 +421,13 @@ def _spread(
     at_OI = (row_O1 % 8 * 4 + (w % 4)[None, :]) * 4 + (w // 4 * 2)[None, :] + row_O1 % 16 // 8
     for k in tl.static_range(8):
         run = (row_O1 // _TILE * (blocks * LOW) + block * LOW + k * LOW // 8) * (_TILE * _RUN // 4)
-        low_OIB = _four_times(tl.load(low + run + at_OI, mask=there_O1, other=0))
-        high_OIB = low_OIB
+        low_OI = tl.load(low + run + at_OI, mask=there_O1, other=0)
+        high_OI = low_OI
         if HIGH > 0:
             run = row_O1 // _TILE * (blocks * HIGH) + block * HIGH + k * HIGH // 8
             at = high + run * (_TILE * _RUN // 4) + at_OI
-            high_OIB = _four_times(tl.load(at, mask=there_O1, other=0))
-        bytes = _integers(low_OIB, high_OIB, codes, k, LOW, HIGH, PLACE, CODED, ASM)
+            high_OI = tl.load(at, mask=there_O1, other=0)
+        bytes = _integers(low_OI, high_OI, codes, k, LOW, HIGH, PLACE, CODED, ASM)
         q_OI = tl.reshape(bytes, [ROWS, _RUN]).to(tl.float32)
         if SCALED:
             byte_1I = ((i // GROUP + k * parts) * each)[None, :]

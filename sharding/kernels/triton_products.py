@@ -39,7 +39,7 @@ WORKSPACE_BYTES = 1 << 27
 COPIED_BYTES = 1 << 24
 """Bytes of floats that are copied at a time."""
 
-PROGRAMS = 4096
+PROGRAMS = 2048
 """A matrix of few rows is cut along its columns too, into about so many programs: enough for any
 GPU to wait for memory in all of them at once. The cuts depend on the matrix alone."""
 
@@ -93,7 +93,7 @@ class Products:
         self, x_TI: Tensor, weight: PlanesWeight, residual_TO: Tensor | None, y_TO: Tensor
     ) -> None:
         tokens = len(x_TI)
-        room = max(2, int(triton.next_power_of_2(tokens)))
+        room = _room(tokens)
         digits: dict[int, tuple[Tensor, Tensor]] = {}
         for part in weight.parts:
             planes, grid = part.planes, self._cut(part)
@@ -103,12 +103,12 @@ class Products:
             if planes.quantised:
                 blocks = part.cols // BLOCK
                 if blocks not in digits:
-                    digits[blocks] = self._digits(x_TI, 4 * room, blocks)
+                    digits[blocks] = self.digits(x_TI, blocks)
                 triton_matmul._few[grid](
-                    *digits[blocks], y, residual, partials, self._counters, *part.tensors, self._codes,
-                    part.rows, blocks, columns, tokens, grid[1], 4 * room, self._tiles.rows,
-                    room <= AHEAD_TOKENS, residual_TO is not None, *constants(part.planes),
-                    num_warps=1, num_stages=1,
+                    *digits[blocks], y, residual, partials, self._counters, *part.tensors,
+                    self._codes, part.rows, blocks, columns, tokens, grid[1], 4 * room,
+                    self._tiles.rows, room <= AHEAD_TOKENS, residual_TO is not None,
+                    *constants(part.planes), num_warps=1, num_stages=1,
                 )  # fmt: skip
             else:
                 exact = planes.kind == "f16"
@@ -120,9 +120,10 @@ class Products:
                     residual_TO is not None, exact, num_warps=2,
                 )  # fmt: skip
 
-    def _digits(self, x_TI: Tensor, width: int, blocks: int) -> tuple[Tensor, Tensor]:
-        """Digits, four to a word, and factors."""
+    def digits(self, x_TI: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
+        """Digits of few tokens, four to a word, and factors: what a product makes of `x` first."""
         tokens, cols = x_TI.shape
+        width = 4 * _room(tokens)
         digits = torch.empty(blocks * BLOCK, width, dtype=torch.int8, device=x_TI.device)
         factors = x_TI.new_empty(blocks, width)
         at_once = self._tiles.blocks
@@ -148,7 +149,7 @@ class Products:
         tall = triton.cdiv(part.rows, rows)
         assert tall <= MOST_TILES, part.rows
         blocks = part.cols // (BLOCK if part.planes.quantised else FLOAT_COLUMNS)
-        length = triton.cdiv(blocks, min(blocks, triton.cdiv(PROGRAMS, tall)))
+        length = triton.cdiv(blocks, min(blocks, max(1, round(PROGRAMS / tall))))
         return tall, triton.cdiv(blocks, length)
 
     def _gemm(
@@ -228,6 +229,11 @@ def _half_gemm(x_TI: Tensor, w_OI: Tensor) -> Tensor:
     if x_TI.is_cuda:
         return torch.mm(x_TI, w_OI.t(), out_dtype=torch.float32)
     return torch.mm(x_TI.float(), w_OI.float().t())
+
+
+def _room(tokens: int) -> int:
+    """Tokens that a product of few is computed for: at least a matrix instruction's columns."""
+    return max(2, int(triton.next_power_of_2(tokens)))
 
 
 def _columns_at_once(cols: int, most: int) -> int:

@@ -180,7 +180,7 @@ def _padded(plane_OI: Tensor, cols: int) -> Tensor:
 
 
 def _in_runs(q_OI: Tensor, bits: int) -> Tensor:
-    """Integers of so many bits, uint8 `[O, I]`, as runs of bytes in tiles: int32 `[tiles, words]`."""
+    """Integers of so many bits, uint8 `[O, I]`, as runs of bytes in tiles: int32, a row a tile."""
     fields = q_OI.unflatten(1, (-1, 8 // bits, RUN))  # run, field, byte
     byte: Tensor = fields[:, :, 0].clone()
     for k in range(1, 8 // bits):

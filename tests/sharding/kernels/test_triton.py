@@ -83,9 +83,8 @@ def attend(q_TX: torch.Tensor, index: BatchIndex, pages: LayerPages, window: int
 def test_matmul(name: str) -> None:
     weight, exact = packed(name, 70, 768)
     for tokens in WAYS:
-        x_TI, residual_TO = normal(tokens, 768), normal(tokens, 70, seed=3)
-        expected = triton_bounds.matmul(x_TI, exact, weight.parts[0])
-        assert within(matmul(x_TI, weight), expected), tokens
+        x_TI = normal(tokens, 768)
+        residual_TO = normal(tokens, 70, seed=3) if tokens % 2 else None
         expected = triton_bounds.matmul(x_TI, exact, weight.parts[0], residual_TO)
         assert within(matmul(x_TI, weight, residual_TO), expected), tokens
 
@@ -95,7 +94,7 @@ def test_matmul(name: str) -> None:
 def test_matmul_of_tiny_and_huge_activations(name: str, exponent: int) -> None:
     """Far beyond what FP16 holds: rows are scaled."""
     weight, exact = packed(name, 17, 256)
-    for tokens in (1, 5, 17):
+    for tokens in (5, 17):
         x_TI = normal(tokens, 256) * 2.0**exponent
         expected = triton_bounds.matmul(x_TI, exact, weight.parts[0])
         assert within(matmul(x_TI, weight), expected), tokens
@@ -204,9 +203,12 @@ def test_a_token_beside_others_is_the_token_alone(name: str) -> None:
     weight, _ = packed(name, 50, 768)
     x_TI = normal(16, 768)
     x_TI = (x_TI * 8).round() if DEVICE.type == "cpu" else x_TI
-    alone = torch.cat([matmul(x_TI[t : t + 1], weight) for t in range(16)])
+    some = [0, 1, 4, 15]
+    alone = torch.cat([matmul(x_TI[t : t + 1], weight) for t in some])
     for tokens in (2, 5, 16):
-        assert torch.equal(matmul(x_TI[:tokens], weight), alone[:tokens])
+        inside = [number for number, t in enumerate(some) if t < tokens]
+        together = matmul(x_TI[:tokens], weight)
+        assert torch.equal(together[[some[number] for number in inside]], alone[inside])
 
 
 @pytest.mark.parametrize("width", [1, 15, 100, 2048])

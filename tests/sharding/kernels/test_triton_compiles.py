@@ -30,7 +30,7 @@ def compiled(tmp_path: Path, *arguments: str) -> dict[str, dict[str, int]]:
     return {row["test"]: row for row in rows}
 
 
-ROWS = ("norm", "silu", "rotate", "draw", "prepare", "halve", "finish")
+ROWS = ("norm", "silu", "rotate", "draw", "digits", "halve", "finish", "gather", "round")
 
 
 @pytest.mark.parametrize(
@@ -39,14 +39,15 @@ ROWS = ("norm", "silu", "rotate", "draw", "prepare", "halve", "finish")
 )
 def test_kernels_compile_and_fit(capability: str, names: tuple[str, ...], tmp_path: Path) -> None:
     """For Ampere, the oldest served, and for Hopper. Decoding keeps everything in registers, reads
-    16 bytes at a time and spends few instructions on a weight."""
+    16 bytes at a time and spends few instructions on a weight; 16 tokens nearly so."""
     only = [argument for name in names for argument in ("--only", name)]
     rows = compiled(tmp_path, "--capability", capability, *only)
     assert all(any(name in row for row in rows) for name in names)
     for name, row in rows.items():
         assert row["shared_bytes"] <= 99 << 10, row  # of capability 8.6 and 8.9; others have more
         if name.startswith("few"):
-            assert row["spilled_bytes"] == 0 and row["wide_loads"] > 0, row
-            assert row["instructions_a_weight"] < 20, row
+            decoding = name.endswith(" T1")
+            assert row["spilled_bytes"] <= (0 if decoding else 64) and row["wide_loads"] > 0, row
+            assert row["instructions_a_weight"] < (16 if decoding else 25), row
         if name.startswith(("few", "attention")):
             assert row["products"] > 0, row
