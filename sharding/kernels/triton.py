@@ -29,6 +29,7 @@ except ImportError as missing:
     ) from missing
 
 from sharding.kernels import triton_attention, triton_products, triton_rows
+from sharding.kernels.triton_attention import Items, Way, Work
 from sharding.kernels.triton_graphs import Graphs
 from sharding.kernels.triton_weights import PlanesWeight, pack
 
@@ -85,7 +86,7 @@ class TritonKernels:
         self._try()
         # The batch at work and how its attention is cut: layers ask for the same one by one.
         self._index: BatchIndex | None = None
-        self._works: dict[tuple[int, int, int], triton_attention.Work] = {}
+        self._works: dict[Way, Work] = {}
 
     def _try(self) -> None:
         """Launch a kernel: Triton builds its launcher with the machine's C compiler when the first
@@ -143,10 +144,9 @@ class TritonKernels:
             self._index, self._works = index, {}
         dim, kv_heads = pages.head_dim, pages.kv_heads
         assert dim <= triton_attention.MOST_DIMS, dim  # `layers` says so to the user
-        shared = q_TX.shape[1] // dim // kv_heads
-        way = shared, window, dim
+        way = Way(q_TX.shape[1] // dim // kv_heads, kv_heads, window, dim)
         if way not in self._works:
-            self._works[way] = triton_attention.plan_work(index, *way, self._tiles)
+            self._works[way] = triton_attention.plan_work(index, way, self._tiles)
         return triton_attention.attend(q_TX, index, pages, window, self._works[way], self._tiles)
 
     def gated_silu(self, gate_up_T2F: torch.Tensor) -> torch.Tensor:
@@ -169,16 +169,12 @@ class TritonKernels:
         composed = ComposedLayers(self, weights, pages)
         return composed if self.device.type != "cuda" else GraphedLayers(self, composed)
 
-    def cuts(
-        self, index: BatchIndex, ways: Sequence[tuple[int, int, int]]
-    ) -> list[triton_attention.Items]:
-        """How attention is cut: for each way, query heads of a kv head, window and head dim."""
-        return [triton_attention.plan_items(index, *way, self._tiles) for way in ways]
+    def cuts(self, index: BatchIndex, ways: Sequence[Way]) -> list[Items]:
+        """How attention is cut, for each way of blocks."""
+        return [triton_attention.plan_items(index, way, self._tiles) for way in ways]
 
-    def use(
-        self, index: BatchIndex, works: dict[tuple[int, int, int], triton_attention.Work]
-    ) -> None:
-        """Attention of that batch is cut so, by way."""
+    def use(self, index: BatchIndex, works: dict[Way, Work]) -> None:
+        """Attention of that batch is cut so."""
         self._index, self._works = index, works
 
 
@@ -188,13 +184,8 @@ class GraphedLayers:
     def __init__(self, kernels: TritonKernels, composed: ComposedLayers) -> None:
         self._kernels = kernels
         self._composed = composed
-        # All that blocks may differ by, of what cuts attention.
-        self._ways = sorted(
-            {
-                (_shared(block, pages), block.window, pages.head_dim)
-                for block, pages in zip(composed.weights, composed.pages, strict=True)
-            }
-        )
+        blocks = zip(composed.weights, composed.pages, strict=True)
+        self._ways = sorted({_way(block, pages) for block, pages in blocks})
         self._graphs = Graphs(kernels.device, self._run)
 
     def run(self, x_TI: torch.Tensor, index: BatchIndex) -> torch.Tensor:
@@ -204,16 +195,14 @@ class GraphedLayers:
             return self._composed.run(x_TI, index)
         return self._graphs.run(x_TI, index, self._kernels.cuts(index, self._ways))
 
-    def _run(
-        self, x_TI: torch.Tensor, index: BatchIndex, works: Sequence[triton_attention.Work]
-    ) -> torch.Tensor:
+    def _run(self, x_TI: torch.Tensor, index: BatchIndex, works: Sequence[Work]) -> torch.Tensor:
         self._kernels.use(index, dict(zip(self._ways, works, strict=True)))
         return self._composed.run(x_TI, index)
 
 
-def _shared(block: BlockWeights, pages: LayerPages) -> int:
-    """Query heads that share a kv head."""
-    return block.attn_output.cols // pages.head_dim // pages.kv_heads
+def _way(block: BlockWeights, pages: LayerPages) -> Way:
+    heads = block.attn_output.cols // pages.head_dim
+    return Way(heads // pages.kv_heads, pages.kv_heads, block.window, pages.head_dim)
 
 
 def _tiles(device: torch.device) -> triton_attention.Tiles:

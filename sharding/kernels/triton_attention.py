@@ -4,8 +4,8 @@ Rows are the queries that share a kv head: token after token, within a token hea
 item of work is a run of one segment's rows over a run of its slots; all kv heads do the same items.
 
     fine     few rows (a decoded token): queries and weights as two FP16 numbers each, which is
-             nearly float32; slots in runs of `SPLIT` that are merged in order afterwards, so that
-             a long context fills the GPU. A run begins at a multiple of SPLIT of the request:
+             nearly float32; slots in runs of equal length that are merged in order afterwards,
+             so that a context fills the GPU. Where a run begins depends on the request alone:
              what else is in the batch does not show
     chunks   many rows: queries and weights rounded to FP16, every item over all its slots, or over
              those that a library has left it (`triton_prefix.py`)
@@ -30,8 +30,14 @@ from sharding.kernels.triton_prefix import Library, Prefix, attend_prefixes
 from sharding.model.attention import BatchIndex, Rows
 from sharding.model.kv_cache import LayerPages
 
-SPLIT = 512
-"""Slots that one program of a decoded token's attention reads."""
+LEAST_SPLIT, SPLIT = 64, 512
+"""Slots that one program of a decoded token's attention reads, at least and at most."""
+
+PROGRAMS = 1024
+"""A token's attention is cut into about so many programs: several for each processor of a GPU."""
+
+MOST_PARTS = 256
+"""But not finer than into so many parts, which are merged, unless parts are SPLIT slots."""
 
 FINE_ROWS = 32
 """Up to so many rows of a segment are computed finely; of heads above 128, half as many."""
@@ -264,6 +270,17 @@ def _merge(
     tl.store(y + to + d, tl.div_rn(mixed_D, tl.sum(total, axis=0)), mask=d < DIM)
 
 
+@dataclass(frozen=True, order=True)
+class Way:
+    """What cuts attention beside the batch: query heads that share a kv head, kv heads, the window
+    and the head dim of a block."""
+
+    shared: int
+    kv_heads: int
+    window: int
+    dim: int
+
+
 @dataclass(frozen=True)
 class Items:
     """How a batch is cut, on the host. `rows`: the most of a fine segment."""
@@ -287,8 +304,9 @@ class Work:
     rows: int
 
 
-def plan_items(index: BatchIndex, shared: int, window: int, dim: int, tiles: Tiles) -> Items:
-    """Cuts a batch into items; `shared` query heads have a kv head together."""
+def plan_items(index: BatchIndex, way: Way, tiles: Tiles) -> Items:
+    """Cuts a batch into items."""
+    shared, window, dim = way.shared, way.window, way.dim
     chunks: list[tuple[int, ...]] = []
     fine: list[tuple[int, ...]] = []
     merged: list[tuple[int, ...]] = []
@@ -304,7 +322,7 @@ def plan_items(index: BatchIndex, shared: int, window: int, dim: int, tiles: Til
             chunks += _chunk_items(rows, table, shared, window, row_tile, slots)
         else:
             most = max(most, count)
-            parts = list(_fine_items(rows, table, count, window, first_part=len(fine)))
+            parts = list(_fine_items(rows, table, count, way, first_part=len(fine)))
             merged += [
                 (rows.first + row // shared, row, len(fine), len(parts)) for row in range(count)
             ]
@@ -315,9 +333,9 @@ def plan_items(index: BatchIndex, shared: int, window: int, dim: int, tiles: Til
     return Items(chunks, prefixes, fine, merged, most)
 
 
-def plan_work(index: BatchIndex, shared: int, window: int, dim: int, tiles: Tiles) -> Work:
+def plan_work(index: BatchIndex, way: Way, tiles: Tiles) -> Work:
     """The cut of a batch, on its device."""
-    items, device = plan_items(index, shared, window, dim, tiles), index.tables.device
+    items, device = plan_items(index, way, tiles), index.tables.device
     return Work(
         chunks=_on(device, items.chunks),
         prefixes=items.prefixes,
@@ -368,13 +386,20 @@ def _chunk_items(
         yield rows.first, rows.position, table, row, stop, start_slot, stop_slot, 0
 
 
+def split_of(slots: int, kv_heads: int) -> int:
+    """How many of a token's slots a program reads: a power of two."""
+    wanted = max(LEAST_SPLIT, slots // MOST_PARTS, slots * kv_heads // PROGRAMS)
+    return min(SPLIT, 1 << wanted.bit_length() - 1)
+
+
 def _fine_items(
-    rows: Rows, table: int, count: int, window: int, first_part: int
+    rows: Rows, table: int, count: int, way: Way, first_part: int
 ) -> Iterator[tuple[int, ...]]:
     length = rows.position + rows.stop - rows.first
-    starts = range(_first_seen(rows.position, window, SPLIT), length, SPLIT)
+    split = split_of(min(length, way.window or length), way.kv_heads)
+    starts = range(_first_seen(rows.position, way.window, split), length, split)
     for part, start in enumerate(starts, first_part):
-        stop = min(length, start + SPLIT)
+        stop = min(length, start + split)
         yield rows.first, rows.position, table, 0, count, start, stop, part
 
 

@@ -17,7 +17,14 @@ from sharding.kernels import triton_attention
 from sharding.kernels.planes import planes_resident
 from sharding.kernels.reference import ReferenceKernels
 from sharding.kernels.triton import TritonKernels
-from sharding.kernels.triton_attention import SPLIT, fine_rows, plan_work
+from sharding.kernels.triton_attention import (
+    LEAST_SPLIT,
+    SPLIT,
+    Way,
+    fine_rows,
+    plan_work,
+    split_of,
+)
 from sharding.kernels.triton_prefix import Library
 from sharding.kernels.triton_weights import PlanesWeight
 from sharding.model.attention import BatchIndex
@@ -253,7 +260,7 @@ def test_rotation_and_the_rounding_of_keys_and_values(heads: Heads) -> None:
 
 def steps_of(rows: int, length: int) -> int:
     """At most so many steps of 32 slots, and parts."""
-    return length // 32 + 2 + length // SPLIT
+    return length // 32 + 2 + length // LEAST_SPLIT
 
 
 @pytest.mark.parametrize("window", [0, 40])
@@ -289,7 +296,8 @@ def test_attention_over_a_prefix_that_a_library_does(heads: Heads) -> None:
     index = index_of(heads, [(0, 512, 70), (0, 830, 60), (0, 0, 50), (0, length - 1, 1)], length)
     q_TX = normal(181, heads.heads * heads.dim) * 2
     tiles = replace(KERNELS._tiles, library=library)
-    work = plan_work(index.to(DEVICE), heads.heads // heads.kv_heads, 0, heads.dim, tiles)
+    way = Way(heads.heads // heads.kv_heads, heads.kv_heads, 0, heads.dim)
+    work = plan_work(index.to(DEVICE), way, tiles)
     assert [prefix.slots for prefix in work.prefixes] == [512, 768]
     found = triton_attention.attend(
         q_TX.to(DEVICE), index.to(DEVICE), on_device(pages), 0, work, tiles
@@ -362,6 +370,15 @@ def test_a_decoded_token_does_not_see_its_batch() -> None:
     together = attend(q_TX, index_of(heads, runs, length), pages, 0)
     apart = index_of(heads, runs[:1] + [(2, 0, 1)], length)
     assert torch.equal(attend(q_TX[:2], apart, pages, 0)[0], together[0])
+
+
+def test_a_context_is_cut_into_programs_enough_for_a_gpu() -> None:
+    """Of Llama-2-7B's heads and of one kv head, at any length; runs do not shrink as it grows."""
+    for kv_heads in (1, 8, 32):
+        splits = [split_of(length, kv_heads) for length in range(1, 1 << 18, 997)]
+        assert splits == sorted(splits) and splits[0] == LEAST_SPLIT and splits[-1] == SPLIT
+    assert 32 * 2048 // split_of(2048, 32) >= 1000
+    assert split_of(65536, 1) == 256
 
 
 @pytest.mark.parametrize("vocab", [1, 100, 5000, 49152])

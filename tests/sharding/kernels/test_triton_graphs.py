@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is for Linux on x86-64")
 
 from sharding.kernels.triton import TritonKernels
-from sharding.kernels.triton_attention import SPLIT
+from sharding.kernels.triton_attention import SPLIT, Way
 from sharding.kernels.triton_graphs import Inputs, Shape
 from sharding.model.kv_cache import LayerPages
 from tests.sharding.kernels.world import Heads, index_of, normal, random_pages
@@ -29,7 +29,7 @@ def test_a_batch_written_into_a_larger_shape_gives_the_same_bits(window: int) ->
     heads, length = Heads(4, 2, 64), 3 * SPLIT
     host = random_pages(heads, length, requests=2)
     pages = LayerPages(host.k_PGDS.to(DEVICE), host.v_PGSD.to(DEVICE))
-    way = 2, window, heads.dim
+    way = Way(2, 2, window, heads.dim)
     steps = [index_of(heads, [(0, last, 1), (1, 40, 1)], length) for last in (length - 1, 700)]
     cuts = [KERNELS.cuts(step, [way]) for step in steps]
     shape = max((Shape.of(*each) for each in zip(steps, cuts, strict=True)), key=_parts)
@@ -51,7 +51,7 @@ def test_a_shape_grows_by_powers_of_two() -> None:
     """A graph lasts while the context doubles."""
     heads = Heads(4, 2, 64)
     shapes = set()
-    for last in range(2 * SPLIT, 4 * SPLIT, 64):
+    for last in range(2 * SPLIT + 64, 4 * SPLIT, 64):
         index = index_of(heads, [(0, last, 1)], 4 * SPLIT)
-        shapes.add(Shape.of(index, KERNELS.cuts(index, [(2, 0, heads.dim)])))
+        shapes.add(Shape.of(index, KERNELS.cuts(index, [Way(2, 2, 0, heads.dim)])))
     assert len(shapes) == 1
