@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayError, RayTaskError
@@ -27,9 +29,9 @@ from actors.placement import PlacementConfig, RayStages
 from actors.request import Event, GenerateRequest
 from actors.stats import EngineStats, EngineStatus
 from serving.config import ServeConfig, load_config
+from serving.feed import FeedAddress, Feeds, Subscription
 from serving.fetch import resolve_model
 from serving.http import create_app
-from serving.outbox import Outbox
 from serving.service import ServedModel, Service
 from sharding.errors import LongspanError, UnavailableError
 from sharding.gguf.reader import GGUFFile
@@ -48,6 +50,7 @@ _REPLICA: dict[str, Any] = {
 _WATCH_LOADING_S = 0.5
 _WATCH_READY_S = 5.0
 _STATUS_TIMEOUT_S = 2.0
+_FEED_TIMEOUT_S = 10.0
 
 
 class EngineReplica:
@@ -59,22 +62,39 @@ class EngineReplica:
         placement = PlacementConfig(
             resolve_model(config.model), config.stages, wanted, config.threads, config.max_waiting
         )
+        node = ray.get_runtime_context().get_node_id()
+        self._feeds = Feeds(node, ray.util.get_node_ip_address())
         self._stages = RayStages(placement)
         self._engine = Engine(self._stages)
         self._engine.start()
 
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[list[Event]]:
-        """The request's events, as many at a time as have come; leaving early cancels it."""
-        outbox = Outbox()
-        self._engine.submit(request, outbox.put)
+    async def feed(self) -> FeedAddress:
+        """Where an ingress gets its requests' events."""
+        return await self._feeds.address()
+
+    async def generate(self, request: GenerateRequest, feed_name: str) -> None:
+        """Run a request to its end; its events go to the feed. Cancelling the call cancels it, and
+        so does the feed's end."""
+        feed, loop = self._feeds.get(feed_name), asyncio.get_running_loop()
+        ended: asyncio.Future[None] = loop.create_future()
+        cancelled = False
+
+        def sink(event: Event) -> None:
+            if cancelled:  # what the engine was at meanwhile
+                return
+            feed.put(request.request_id, event)
+            if event.last:
+                loop.call_soon_threadsafe(_set, ended)
+
+        self._engine.submit(request, sink)
         try:
-            last = False
-            while not last:
-                events = await outbox.take()
-                yield events
-                last = events[-1].last
+            await asyncio.wait((ended, feed.lost), return_when=asyncio.FIRST_COMPLETED)
         finally:
-            self._engine.cancel(request.request_id)
+            if not ended.done():
+                cancelled = True
+                ended.cancel()
+                self._engine.cancel(request.request_id)
+                feed.forget(request.request_id)
 
     async def status(self) -> EngineStatus:
         """Whether it serves."""
@@ -84,9 +104,9 @@ class EngineReplica:
         """The books."""
         return await asyncio.to_thread(self._engine.stats)
 
-    async def stage_pids(self) -> list[int]:
-        """The stages' processes, for tests that end one."""
-        return await asyncio.to_thread(self._stages.pids)
+    async def pids(self) -> tuple[int, list[int]]:
+        """This process and the stages', for tests that end one."""
+        return os.getpid(), await asyncio.to_thread(self._stages.pids)
 
     def check_health(self) -> None:
         """Serve replaces the replica when this raises: only once the engine gave up repairing."""
@@ -98,6 +118,12 @@ class EngineReplica:
         """Serve's way to say that the replica goes."""
         if hasattr(self, "_engine"):
             self._engine.close()
+            self._feeds.close()
+
+
+def _set(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 class RemoteEngine:
@@ -105,24 +131,57 @@ class RemoteEngine:
 
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle
-        self._streaming = handle.options(stream=True)
+        self._subscription: Subscription | None = None
+        self._opening = asyncio.Lock()
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Event]:
         """Events one by one; closing this iterator cancels the request."""
-        response = self._streaming.generate.remote(request)
+        subscription = await self._subscribed()
+        news: asyncio.Queue[list[Event] | None] = asyncio.Queue()
+        subscription.take(request.request_id, news.put_nowait)
+        response = self._handle.generate.remote(request, subscription.name)
+        refused: list[LongspanError] = []
+
+        async def call() -> None:
+            try:
+                await response
+            except RayTaskError as error:
+                refused.append(_cause(error))
+            except (RayError, RayServeException) as error:
+                refused.append(UnavailableError(f"the engine replica is gone: {error}"))
+            if refused:  # else the last event is here, or on its way
+                news.put_nowait(None)
+
+        calling = asyncio.create_task(call())
         ended = False
         try:
-            async for events in response:
+            while not ended:
+                events = await news.get()
+                if events is None:
+                    raise refused[0] if refused else UnavailableError("the engine replica is gone")
                 for event in events:
                     ended = event.last
                     yield event
-        except RayTaskError as error:
-            raise _cause(error) from error
-        except (RayError, RayServeException) as error:
-            raise UnavailableError(f"the engine replica is gone: {error}") from error
         finally:
+            calling.cancel()
+            subscription.leave(request.request_id)
             if not ended:
                 response.cancel()
+
+    async def _subscribed(self) -> Subscription:
+        """To the replica there is; it may be another one than last time."""
+        async with self._opening:
+            if self._subscription is None or not self._subscription.alive:
+                try:
+                    asked = self._handle.feed.remote()
+                    address = await asyncio.wait_for(asked, _FEED_TIMEOUT_S)
+                except (RayError, RayServeException, TimeoutError) as error:
+                    raise UnavailableError(
+                        f"the engine replica does not answer: {error}"
+                    ) from error
+                node = ray.get_runtime_context().get_node_id()
+                self._subscription = await Subscription.open(address, node)
+            return self._subscription
 
     async def status(self) -> EngineStatus:
         """The engine's word, or that it has none: a handle would wait for a new replica for

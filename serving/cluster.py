@@ -57,10 +57,12 @@ class Deployment:
             stats: EngineStats = self._engine.stats.remote().result(timeout_s=_CALL_TIMEOUT_S)
             return stats
 
-    def stage_pids(self) -> list[int]:
-        """The stages' processes, first stage first."""
+    def pids(self) -> tuple[int, list[int]]:
+        """The engine's process, and the stages', first stage first."""
         with _ray_errors():
-            pids: list[int] = self._engine.stage_pids.remote().result(timeout_s=_CALL_TIMEOUT_S)
+            pids: tuple[int, list[int]] = self._engine.pids.remote().result(
+                timeout_s=_CALL_TIMEOUT_S
+            )
             return pids
 
 

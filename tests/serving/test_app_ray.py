@@ -150,15 +150,9 @@ def test_a_client_that_hangs_up_frees_its_pages(served: Served) -> None:
     wait_until(lambda: [s.pages_used for s in served.deployment.stats().stages] == [0, 0], 10)
 
 
-def _kill_stage(served: Served, number: int) -> None:
-    """End one stage's process the hard way."""
-    pid = served.deployment.stage_pids()[number]
-    os.kill(pid, signal.SIGKILL)
-
-
 def test_a_stage_that_stops_without_dying_is_replaced(served: Served) -> None:
     """A stopped process keeps its sockets open: only asking it tells."""
-    os.kill(served.deployment.stage_pids()[1], signal.SIGSTOP)
+    os.kill(served.deployment.pids()[1][1], signal.SIGSTOP)
     body = {"model": served.model, "prompt": "Tell me", "max_tokens": 4}
     lost = httpx.post(served.url + "/v1/completions", json=body, timeout=60)
     assert lost.status_code >= 500
@@ -167,10 +161,12 @@ def test_a_stage_that_stops_without_dying_is_replaced(served: Served) -> None:
     assert httpx.post(served.url + "/v1/completions", json=body, timeout=60).status_code == 200
 
 
-@pytest.mark.parametrize("number", [0, 1])
-def test_a_killed_stage_ends_streams_with_an_error_and_comes_back(
-    served: Served, number: int
+@pytest.mark.parametrize("who", ["first stage", "last stage", "engine"])
+def test_a_killed_process_ends_streams_with_an_error_and_comes_back(
+    served: Served, who: str
 ) -> None:
+    engine, stages = served.deployment.pids()
+    pid = {"first stage": stages[0], "last stage": stages[1], "engine": engine}[who]
     body = {"model": served.model, "prompt": "Tell me", "max_tokens": 900, "stream": True}
     body["ignore_eos"] = True
     with (
@@ -179,7 +175,7 @@ def test_a_killed_stage_ends_streams_with_an_error_and_comes_back(
     ):
         lines = (line for line in response.iter_lines() if line)
         next(lines)
-        _kill_stage(served, number)
+        os.kill(pid, signal.SIGKILL)
         rest = list(lines)
         assert http.get(served.url + "/health").status_code == 503
     assert "error" in json.loads(rest[-1].removeprefix("data: "))
