@@ -15,6 +15,12 @@ from serving.machine import describe_commit, describe_machine
 RESULTS = Path(__file__).parent / "results"
 
 
+def _command(name: str) -> str:
+    """As anybody would type it: without whose home it was."""
+    said = " ".join(["python", "-m", f"bench.{name}", *sys.argv[1:]])
+    return said.replace(str(Path.home()), "~")
+
+
 class Report:
     """Prints each row as it comes; `keep` also writes them to `results/<name>.json`."""
 
@@ -24,7 +30,7 @@ class Report:
         self._about = {
             "machine": describe_machine(),
             "commit": describe_commit(),
-            "command": " ".join(["python", "-m", f"bench.{name}", *sys.argv[1:]]),
+            "command": _command(name),
             "date": datetime.now(UTC).date().isoformat(),
         }
 

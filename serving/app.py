@@ -29,7 +29,7 @@ from actors.placement import PlacementConfig, RayStages
 from actors.request import Event, GenerateRequest
 from actors.stats import EngineStats, EngineStatus
 from serving.config import ServeConfig, load_config
-from serving.feed import FeedAddress, Feeds, Subscription
+from serving.feed import FeedAddress, FeedGoneError, Feeds, Subscription
 from serving.fetch import resolve_model
 from serving.http import create_app
 from serving.service import ServedModel, Service
@@ -149,8 +149,12 @@ class RemoteEngine:
                 refused.append(_cause(error))
             except (RayError, RayServeException) as error:
                 refused.append(UnavailableError(f"the engine replica is gone: {error}"))
-            if refused:  # else the last event is here, or on its way
-                news.put_nowait(None)
+            except asyncio.CancelledError:  # ours, or Serve's
+                refused.append(UnavailableError("the engine cancelled the call"))
+                raise
+            finally:
+                if refused:  # else the last event is here, or on its way
+                    news.put_nowait(None)
 
         calling = asyncio.create_task(call())
         ended = False
@@ -158,6 +162,7 @@ class RemoteEngine:
             while not ended:
                 events = await news.get()
                 if events is None:
+                    self._doubt(subscription, refused)
                     raise refused[0] if refused else UnavailableError("the engine replica is gone")
                 for event in events:
                     ended = event.last
@@ -168,20 +173,25 @@ class RemoteEngine:
             if not ended:
                 response.cancel()
 
+    def _doubt(self, subscription: Subscription, refused: list[LongspanError]) -> None:
+        """Open another feed for the next request if this one's replica is not asked any more; the
+        answers that it still gives come to their ends."""
+        gone = any(isinstance(error, FeedGoneError) for error in refused)
+        if gone and self._subscription is subscription:
+            self._subscription = None
+
     async def _subscribed(self) -> Subscription:
-        """To the replica there is; it may be another one than last time."""
-        async with self._opening:
-            if self._subscription is None or not self._subscription.alive:
-                try:
-                    asked = self._handle.feed.remote()
-                    address = await asyncio.wait_for(asked, _FEED_TIMEOUT_S)
-                except (RayError, RayServeException, TimeoutError) as error:
-                    raise UnavailableError(
-                        f"the engine replica does not answer: {error}"
-                    ) from error
-                node = ray.get_runtime_context().get_node_id()
-                self._subscription = await Subscription.open(address, node)
-            return self._subscription
+        """To the replica there is; it may be another one than last time. All that wait for it do so
+        together: raises `UnavailableError` when it does not answer in time."""
+        try:
+            async with asyncio.timeout(_FEED_TIMEOUT_S), self._opening:
+                if self._subscription is None or not self._subscription.alive:
+                    address = await self._handle.feed.remote()
+                    node = ray.get_runtime_context().get_node_id()
+                    self._subscription = await Subscription.open(address, node)
+                return self._subscription
+        except (RayError, RayServeException, TimeoutError) as error:
+            raise UnavailableError(f"the engine replica does not answer: {error}") from error
 
     async def status(self) -> EngineStatus:
         """The engine's word, or that it has none: a handle would wait for a new replica for

@@ -48,6 +48,10 @@ Bundle = list[tuple[str, list[Event]]]
 _bundles = msgspec.msgpack.Decoder(Bundle)
 
 
+class FeedGoneError(UnavailableError):
+    """The feed that a request names is none of this replica's."""
+
+
 class FeedAddress(msgspec.Struct, frozen=True):
     """Where a replica's feeds begin: on its own node a Unix socket, elsewhere a TCP port."""
 
@@ -150,18 +154,24 @@ class Feeds:
                 local.bind(path)
                 self._servers = [
                     await asyncio.start_unix_server(self._open, sock=local),
-                    await asyncio.start_server(self._open, self._host, 0),
+                    await self._listen(),
                 ]
                 port = self._servers[1].sockets[0].getsockname()[1]
                 secret = secrets.token_bytes(32)
                 self._address = FeedAddress(self._node, path, self._host, port, secret)
             return self._address
 
+    async def _listen(self) -> asyncio.Server:
+        try:
+            return await asyncio.start_server(self._open, self._host, 0)
+        except OSError:  # what others call this node need not be an address that it has itself
+            return await asyncio.start_server(self._open, "0.0.0.0", 0)
+
     def get(self, name: str) -> Feed:
-        """Raises `UnavailableError` if there is none: it was opened to another replica."""
+        """Raises `FeedGoneError` if there is none: it was opened to another replica."""
         feed = self._feeds.get(name)
         if feed is None:
-            raise UnavailableError("the engine replica was replaced; try again")
+            raise FeedGoneError("the engine replica was replaced; try again")
         return feed
 
     async def _open(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -26,9 +26,9 @@ WORKSPACE_BYTES = 16 << 20
 """Bound on what attention holds beside its input and output: tiles of scores, keys and values. The
 reference needs 8 tokens x 256 slots x 4 bytes a head, a few times, at any depth."""
 
-GPU_WORKSPACE_BYTES = 288 << 20
+GPU_WORKSPACE_BYTES = 640 << 20
 """The same of the Triton kernels: 128 MiB of expanded weights, their product with a chunk before it
-is scaled, and the parts of a decoded token's attention."""
+is scaled, 256 MiB of a long prefix's keys and values, and what CUDA graphs keep."""
 
 LOGIT_ROWS = 64
 """Most rows of logits `[rows, vocab]` that the last stage computes at a time."""

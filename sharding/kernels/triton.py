@@ -186,14 +186,17 @@ class GraphedLayers:
         self._composed = composed
         blocks = zip(composed.weights, composed.pages, strict=True)
         self._ways = sorted({_way(block, pages) for block, pages in blocks})
-        self._graphs = Graphs(kernels.device, self._run)
+        self._graphs = Graphs(kernels.device)
 
     def run(self, x_TI: torch.Tensor, index: BatchIndex) -> torch.Tensor:
         """Hidden states after all blocks; writes the batch's keys and values."""
         decoding = all(rows.stop - rows.first == 1 for rows in index.rows)
         if not decoding or not 0 < len(x_TI) <= triton_products.FEW_TOKENS:
             return self._composed.run(x_TI, index)
-        return self._graphs.run(x_TI, index, self._kernels.cuts(index, self._ways))
+        cuts = self._kernels.cuts(index, self._ways)
+        if any(cut.chunks for cut in cuts):  # more heads share a kv head than are computed finely
+            return self._composed.run(x_TI, index)
+        return self._graphs.run(self._run, x_TI, index, cuts)
 
     def _run(self, x_TI: torch.Tensor, index: BatchIndex, works: Sequence[Work]) -> torch.Tensor:
         self._kernels.use(index, dict(zip(self._ways, works, strict=True)))

@@ -37,7 +37,7 @@ PROGRAMS = 1024
 """A token's attention is cut into about so many programs: several for each processor of a GPU."""
 
 MOST_PARTS = 256
-"""But not finer than into so many parts, which are merged, unless parts are SPLIT slots."""
+"""But not finer than into about so many parts, since they are merged, while parts are short."""
 
 FINE_ROWS = 32
 """Up to so many rows of a segment are computed finely; of heads above 128, half as many."""
@@ -81,7 +81,7 @@ class Tiles:
 
 
 _SLOW = Tile(64, 256, 4)
-INTERPRETED = Tiles(_SLOW, _SLOW, _SLOW, _SLOW, Library(48, 256))
+INTERPRETED = Tiles(_SLOW, _SLOW, _SLOW, _SLOW, Library(48, 64, 256))
 """An interpreted step costs a millisecond, however large it is."""
 
 HOPPER = Tiles(chunk=Tile(128, 64, 4), chunk_large=Tile(128, 64, 8, 2), library=Library())
@@ -306,7 +306,7 @@ class Work:
 
 def plan_items(index: BatchIndex, way: Way, tiles: Tiles) -> Items:
     """Cuts a batch into items."""
-    shared, window, dim = way.shared, way.window, way.dim
+    shared, dim = way.shared, way.dim
     chunks: list[tuple[int, ...]] = []
     fine: list[tuple[int, ...]] = []
     merged: list[tuple[int, ...]] = []
@@ -315,11 +315,10 @@ def plan_items(index: BatchIndex, way: Way, tiles: Tiles) -> Items:
     for rows in index.rows:
         count = (rows.stop - rows.first) * shared
         if count > fine_rows(dim):
-            slots = 0 if window else _library_slots(rows, dim, tiles.library)
-            if slots:
-                prefixes.append(Prefix(rows.first, rows.stop, table, slots))
+            prefix = _prefix(rows, table, way, tiles.library)
+            prefixes += [prefix] if prefix else []
             row_tile = tiles.of(dim, fine=False).rows
-            chunks += _chunk_items(rows, table, shared, window, row_tile, slots)
+            chunks += _chunk_items(rows, table, way, row_tile, prefix)
         else:
             most = max(most, count)
             parts = list(_fine_items(rows, table, count, way, first_part=len(fine)))
@@ -365,23 +364,30 @@ def _first_seen(position: int, window: int, grain: int) -> int:
     return max(0, position - window + 1) // grain * grain if window else 0
 
 
-def _library_slots(rows: Rows, dim: int, library: Library | None) -> int:
-    """Of the prefix, the library's."""
-    if library is None or rows.stop - rows.first < library.tokens:
-        return 0
-    if dim > library.dims or dim % 8:  # cuDNN's own limits
-        return 0
-    return rows.position // library.grain * library.grain
+def _prefix(rows: Rows, table: int, way: Way, library: Library | None) -> Prefix | None:
+    """What of a chunk is the library's."""
+    tokens = rows.stop - rows.first
+    if library is None or way.window or tokens < library.tokens:
+        return None
+    slots = rows.position // library.grain * library.grain
+    if not slots or way.dim > library.dims or way.dim % 8:  # cuDNN's own limits
+        return None
+    stop = rows.first + tokens // library.rows * library.rows
+    return Prefix(rows.first, stop, table, slots)
 
 
 def _chunk_items(
-    rows: Rows, table: int, shared: int, window: int, row_tile: int, seen: int
+    rows: Rows, table: int, way: Way, row_tile: int, prefix: Prefix | None
 ) -> Iterator[tuple[int, ...]]:
-    """`seen` slots are done."""
+    """Rows that have a prefix begin after it."""
+    shared, window = way.shared, way.window
     count = (rows.stop - rows.first) * shared
+    done = (prefix.stop - prefix.first) * shared if prefix else 0
     for row in range(0, count, row_tile):
         stop = min(count, row + row_tile)
-        start_slot = max(seen, _first_seen(rows.position + row // shared, window, PAGE_SLOTS))
+        start_slot = _first_seen(rows.position + row // shared, window, PAGE_SLOTS)
+        if prefix and row < done:
+            start_slot = prefix.slots
         stop_slot = rows.position + (stop - 1) // shared + 1
         yield rows.first, rows.position, table, row, stop, start_slot, stop_slot, 0
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,10 @@ from sharding.kernels.triton_attention import Items, Work
 from sharding.model.attention import BatchIndex
 
 MOST_GRAPHS = 32
-"""Kept; the oldest makes room."""
+"""Kept; the one that was not used for longest makes room."""
+
+Blocks = Callable[[Tensor, BatchIndex, Sequence[Work]], Tensor]
+"""Runs a stage's blocks, attention cut so."""
 
 _ALIGNED = 64
 
@@ -55,7 +59,9 @@ class Shape:
 
 
 class Inputs:
-    """What differs from step to step, on the host and on the device, byte for byte the same."""
+    """What differs from step to step, on the host and on the device, byte for byte the same.
+
+    On the host twice, in turn: a step is written while the former one's copy may be under way."""
 
     def __init__(self, shape: Shape, index: BatchIndex, device: torch.device) -> None:
         self._shape = shape
@@ -73,11 +79,15 @@ class Inputs:
         for parts, merged, _ in shape.cuts:
             self._add((parts, 8), torch.int32)
             self._add((merged, 4), torch.int32)
-        on_host = torch.zeros(self._size, dtype=torch.uint8)
-        self._host = on_host.pin_memory() if device.type == "cuda" else on_host
+        pinned = device.type == "cuda"
+        self._hosts = [
+            torch.zeros(self._size, dtype=torch.uint8, pin_memory=pinned) for _ in range(2)
+        ]
+        self._copied = [torch.cuda.Event() for _ in range(2)] if pinned else []
+        self._turn = 0
         self._device = torch.zeros(self._size, dtype=torch.uint8, device=device)
-        self._written: list[NDArray[np.generic]] = [
-            view.numpy() for view in self._views(self._host)
+        self._written: list[list[NDArray[np.generic]]] = [
+            [view.numpy() for view in self._views(host)] for host in self._hosts
         ]
         views = self._views(self._device)
         self.index = BatchIndex((), index.freqs_R, index.pair_shape, index.pair_axis, device)
@@ -102,49 +112,65 @@ class Inputs:
 
     def write(self, index: BatchIndex, cuts: Sequence[Items]) -> None:
         """A batch of this shape; the copy to the device is under way afterwards."""
-        host = index.to(torch.device("cpu"))
+        self._turn = 1 - self._turn
+        if self._copied:
+            self._copied[self._turn].synchronize()  # of the step before the last
+        written, host = self._written[self._turn], index.to(torch.device("cpu"))
         tensors = [host.page_T, host.slot_T, host.tables, host.cos_TR, host.sin_TR]
-        for to, tensor in zip(self._written[:5], tensors, strict=True):
+        for to, tensor in zip(written[:5], tensors, strict=True):
             to[: len(tensor)] = tensor.numpy()
         for number, cut in enumerate(cuts):
-            fine, merged = self._written[5 + 2 * number : 7 + 2 * number]
+            fine, merged = written[5 + 2 * number : 7 + 2 * number]
             fine[: len(cut.fine)] = cut.fine
             fine[len(cut.fine) :] = 0  # no rows, no slots
             merged[:] = cut.merged
-        self._device.copy_(self._host, non_blocking=True)
+        self._device.copy_(self._hosts[self._turn], non_blocking=True)
+        if self._copied:
+            self._copied[self._turn].record()
+
+
+_Made = tuple[Inputs, Tensor, torch.cuda.CUDAGraph, Tensor]
 
 
 class Graphs:
     """The graphs of a stage's blocks, made when a batch first needs one."""
 
-    def __init__(
-        self, device: torch.device, run: Callable[[Tensor, BatchIndex, Sequence[Work]], Tensor]
-    ) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._run = run
-        self._made: dict[Shape, tuple[Inputs, Tensor, torch.cuda.CUDAGraph, Tensor]] = {}
+        self._made: dict[Shape, _Made] = {}
+        # One for all: they run one after the other, and their results are held.
+        self._pool: Any = None  # torch has a type for it, which differs between its versions
 
-    def run(self, x_TI: Tensor, index: BatchIndex, cuts: Sequence[Items]) -> Tensor:
-        """Hidden states after the blocks."""
+    def run(self, blocks: Blocks, x_TI: Tensor, index: BatchIndex, cuts: Sequence[Items]) -> Tensor:
+        """Hidden states after the blocks; all fine parts, no chunks."""
         shape = Shape.of(index, cuts)
-        if shape not in self._made:
+        made = self._made.pop(shape, None)
+        if made is None:
             if len(self._made) >= MOST_GRAPHS:
                 del self._made[next(iter(self._made))]
-            self._made[shape] = self._make(shape, x_TI, index, cuts)
-        inputs, x, graph, y = self._made[shape]
+            made = self._make(blocks, shape, x_TI, index, cuts)
+        self._made[shape] = made  # the last to go
+        inputs, x, graph, y = made
         inputs.write(index, cuts)
         x.copy_(x_TI)
         graph.replay()
         return y.clone()  # the next step writes there
 
     def _make(
-        self, shape: Shape, x_TI: Tensor, index: BatchIndex, cuts: Sequence[Items]
-    ) -> tuple[Inputs, Tensor, torch.cuda.CUDAGraph, Tensor]:
+        self,
+        blocks: Blocks,
+        shape: Shape,
+        x_TI: Tensor,
+        index: BatchIndex,
+        cuts: Sequence[Items],
+    ) -> _Made:
         inputs, x = Inputs(shape, index, self._device), x_TI.clone()
         inputs.write(index, cuts)
-        self._run(x, inputs.index, inputs.works)  # compiles; writes keys and values, as it will
+        blocks(x, inputs.index, inputs.works)  # compiles; writes keys and values, as it will
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            y = self._run(x, inputs.index, inputs.works)
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(graph, pool=self._pool):
+            y = blocks(x, inputs.index, inputs.works)
         return inputs, x, graph, y

@@ -24,7 +24,7 @@ from sharding.batch import PAGE_SLOTS
 from sharding.model.attention import BatchIndex
 from sharding.model.kv_cache import LayerPages
 
-WORKSPACE_BYTES = 1 << 29
+WORKSPACE_BYTES = 1 << 28
 """Most bytes of gathered keys and values at a time."""
 
 _PAGE = tl.constexpr(PAGE_SLOTS)
@@ -32,10 +32,12 @@ _PAGE = tl.constexpr(PAGE_SLOTS)
 
 @dataclass(frozen=True)
 class Library:
-    """When it is worth its calls: chunks of so many tokens, after so many slots. Prefixes are
-    multiples of these, since cuDNN plans 50 ms for every new length."""
+    """When it is worth its calls: chunks of so many tokens, after a prefix of so many slots.
+    cuDNN plans 50 ms for every new length of either, so it gets multiples of `rows` tokens and of
+    `grain` slots."""
 
-    tokens: int = 512
+    tokens: int = 256
+    rows: int = 128
     grain: int = 4096
     dims: int = 128
 

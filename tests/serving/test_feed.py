@@ -153,6 +153,18 @@ def test_events_from_the_engines_thread_all_arrive() -> None:
     asyncio.run(run())
 
 
+def test_a_replica_whose_name_is_not_its_address_serves_its_own_node() -> None:
+    async def run() -> None:
+        feeds = Feeds(HERE, "203.0.113.7")
+        subscription = await Subscription.open(await feeds.address(), HERE)
+        assert feeds.get(subscription.name) is not None
+        subscription.close()
+        feeds.close()
+        await until(lambda: not feeds._feeds)
+
+    asyncio.run(run())
+
+
 def test_an_ingress_that_goes_is_noticed() -> None:
     async def run() -> None:
         async with pair() as both:

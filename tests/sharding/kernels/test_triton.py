@@ -291,15 +291,16 @@ def test_attention(window: int, heads: Heads, size: float) -> None:
 @pytest.mark.parametrize("heads", [Heads(3, 1, 64), Heads(4, 2, 128), Heads(2, 2, 104)])
 def test_attention_over_a_prefix_that_a_library_does(heads: Heads) -> None:
     """Two chunks with long prefixes, one of them split by the library's grain, one without."""
-    length, library = 900, Library(tokens=48, grain=256)
+    length, library = 900, Library(tokens=48, rows=128, grain=256)
     pages = random_pages(heads, length)
-    index = index_of(heads, [(0, 512, 70), (0, 830, 60), (0, 0, 50), (0, length - 1, 1)], length)
-    q_TX = normal(181, heads.heads * heads.dim) * 2
+    index = index_of(heads, [(0, 512, 140), (0, 600, 300), (0, 0, 50), (0, length - 1, 1)], length)
+    q_TX = normal(491, heads.heads * heads.dim) * 2
     tiles = replace(KERNELS._tiles, library=library)
     way = Way(heads.heads // heads.kv_heads, heads.kv_heads, 0, heads.dim)
     work = plan_work(index.to(DEVICE), way, tiles)
-    assert [prefix.slots for prefix in work.prefixes] == [512, 768]
-    found = triton_attention.attend(
+    found = [(prefix.first, prefix.stop, prefix.slots) for prefix in work.prefixes]
+    assert found == [(0, 128, 512), (140, 396, 512)]  # whole multiples of tokens and slots
+    mixed = triton_attention.attend(
         q_TX.to(DEVICE), index.to(DEVICE), on_device(pages), 0, work, tiles
     ).cpu()
     q_THD = q_TX.unflatten(1, (-1, heads.dim))
@@ -309,7 +310,7 @@ def test_attention_over_a_prefix_that_a_library_does(heads: Heads) -> None:
         truth, bound = triton_bounds.attention(q_THD[part], rows, pages, 0, fine, 40)
         if rows.position >= library.grain and not fine:
             bound = bound + triton_bounds.library_attention(q_THD[part], rows, pages)
-        assert within(found.unflatten(1, (-1, heads.dim))[part], (truth, bound))
+        assert within(mixed.unflatten(1, (-1, heads.dim))[part], (truth, bound))
 
 
 def test_the_bounds_of_attention_are_not_a_formality() -> None:

@@ -55,3 +55,11 @@ def test_a_shape_grows_by_powers_of_two() -> None:
         index = index_of(heads, [(0, last, 1)], 4 * SPLIT)
         shapes.add(Shape.of(index, KERNELS.cuts(index, [Way(2, 2, 0, heads.dim)])))
     assert len(shapes) == 1
+
+
+def test_more_shared_heads_than_are_computed_finely_are_no_graph() -> None:
+    """Then even a single token is a chunk's item, which graphs do not have."""
+    heads = Heads(40, 1, 64)
+    index = index_of(heads, [(0, 20, 1)], 64)
+    (cut,) = KERNELS.cuts(index, [Way(40, 1, 0, heads.dim)])
+    assert cut.chunks and not cut.fine

@@ -20,7 +20,7 @@ from tests.sharding.kernels.bounds import TINY, ExactWeight, U, gamma
 
 U16 = 2.0**-11  # unit roundoff of FP16
 HALF_TINY = 2.0**-25  # what rounding to a subnormal FP16 may lose
-CUTS = 64  # more than a row is cut into
+CUTS = 64  # more than a row of the tests' matrices is cut into
 
 
 def matmul(
