@@ -31,7 +31,9 @@ from triton.compiler import ASTSource, CompiledKernel
 from bench.report import Report
 from sharding.kernels import (
     triton_attention,
+    triton_gemm,
     triton_matmul,
+    triton_plan,
     triton_prefix,
     triton_products,
     triton_rows,
@@ -110,7 +112,7 @@ def products() -> Iterator[Kernel]:
         if planes.quantised:
             size = {"GATHER": False, "ROWS": tiles.spread_rows, **_format(planes)}
             weights = tiles.spread_rows * BLOCK
-            yield Kernel(f"spread {name}", triton_matmul._spread, dict(pointers), size, 1, weights)
+            yield Kernel(f"spread {name}", triton_gemm._spread, dict(pointers), size, 1, weights)
 
 
 def _format(planes: Planes) -> Constants:
@@ -120,7 +122,7 @@ def _format(planes: Planes) -> Constants:
 
 def attentions() -> Iterator[Kernel]:
     """Of heads of 64, 128 and 256, few rows and chunks."""
-    tiles = triton_attention.Tiles()
+    tiles = triton_plan.Tiles()
     pointers = {
         "q": "fp32",
         "keys": "fp16",
@@ -143,7 +145,7 @@ def attentions() -> Iterator[Kernel]:
         head: Constants = {"DIM": dim, "DIMS": dim}
         function = triton_attention._attend
         tile = tiles.of(dim, fine=True)
-        for rows in sorted({16, triton_attention.fine_rows(dim)}):
+        for rows in sorted({16, triton_plan.fine_rows(dim)}):
             size: Constants = {"ROWS": rows, "SLOTS": tile.slots}
             size |= {"FINE": True, "PRIOR": False}
             name = f"attention D{dim}, {rows} rows"
@@ -192,10 +194,10 @@ def rows() -> Iterator[Kernel]:
     columns = triton_products.Tiles().columns
     of_eight: Constants = {"N": 8, "COLUMNS": columns}
     yield Kernel("halves", triton_matmul._halves, x | halves, of_eight, 8)
-    yield Kernel("halve", triton_matmul._halve, x | halves, {"COLUMNS": 1024})
+    yield Kernel("halve", triton_gemm._halve, x | halves, {"COLUMNS": 1024})
     yield Kernel(
         "finish",
-        triton_matmul._finish,
+        triton_gemm._finish,
         {"product": "fp32", "y": "fp32", "residual": "fp32", "factors": "fp32"},
         {"COLUMNS": 1024, "RESIDUAL": True},
     )

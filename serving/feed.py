@@ -270,14 +270,13 @@ async def _connected(
     """From the same node over the Unix socket. Raises `OSError`."""
     if address.node != node:
         return await asyncio.open_connection(address.host, address.port)
-    sock = socket.socket(socket.AF_UNIX)
-    sock.setblocking(False)
-    try:
+    with contextlib.ExitStack() as unless_opened:
+        sock = unless_opened.enter_context(socket.socket(socket.AF_UNIX))
+        sock.setblocking(False)
         await asyncio.get_running_loop().sock_connect(sock, address.path)
-    except BaseException:
-        sock.close()
-        raise
-    return await asyncio.open_unix_connection(sock=sock)
+        opened = await asyncio.open_unix_connection(sock=sock)
+        unless_opened.pop_all()
+        return opened
 
 
 def _framed(data: bytes) -> bytes:

@@ -29,8 +29,17 @@ except ImportError as missing:
     ) from missing
 
 from sharding.kernels import triton_attention, triton_products, triton_rows
-from sharding.kernels.triton_attention import Items, Way, Work
 from sharding.kernels.triton_graphs import Graphs
+from sharding.kernels.triton_plan import (
+    HOPPER,
+    INTERPRETED,
+    Items,
+    Tiles,
+    Way,
+    Work,
+    plan_items,
+    plan_work,
+)
 from sharding.kernels.triton_weights import PlanesWeight, pack
 
 if TYPE_CHECKING:
@@ -82,7 +91,7 @@ class TritonKernels:
         self._products = triton_products.Products(
             self.device, triton_products.INTERPRETED if slow else triton_products.Tiles()
         )
-        self._tiles = triton_attention.INTERPRETED if slow else _tiles(self.device)
+        self._tiles = INTERPRETED if slow else _tiles(self.device)
         self._try()
         # The batch at work and how its attention is cut: layers ask for the same one by one.
         self._index: BatchIndex | None = None
@@ -146,7 +155,7 @@ class TritonKernels:
         assert dim <= triton_attention.MOST_DIMS, dim  # `layers` says so to the user
         way = Way(q_TX.shape[1] // dim // kv_heads, kv_heads, window, dim)
         if way not in self._works:
-            self._works[way] = triton_attention.plan_work(index, way, self._tiles)
+            self._works[way] = plan_work(index, way, self._tiles)
         return triton_attention.attend(q_TX, index, pages, window, self._works[way], self._tiles)
 
     def gated_silu(self, gate_up_T2F: torch.Tensor) -> torch.Tensor:
@@ -171,7 +180,7 @@ class TritonKernels:
 
     def cuts(self, index: BatchIndex, ways: Sequence[Way]) -> list[Items]:
         """How attention is cut, for each way of blocks."""
-        return [triton_attention.plan_items(index, way, self._tiles) for way in ways]
+        return [plan_items(index, way, self._tiles) for way in ways]
 
     def use(self, index: BatchIndex, works: dict[Way, Work]) -> None:
         """Attention of that batch is cut so."""
@@ -208,11 +217,11 @@ def _way(block: BlockWeights, pages: LayerPages) -> Way:
     return Way(heads // pages.kv_heads, pages.kv_heads, block.window, pages.head_dim)
 
 
-def _tiles(device: torch.device) -> triton_attention.Tiles:
+def _tiles(device: torch.device) -> Tiles:
     """By the shared memory of a program."""
     # In torch, but not in its types.
     most = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
-    return triton_attention.HOPPER if most >= 227 << 10 else triton_attention.Tiles()
+    return HOPPER if most >= 227 << 10 else Tiles()
 
 
 def _own(weight: Weight) -> PlanesWeight:

@@ -22,7 +22,7 @@ import triton
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sharding.kernels.triton_attention import Items, Work
+from sharding.kernels.triton_plan import Items, Work
 from sharding.model.attention import BatchIndex
 
 MOST_GRAPHS = 32

@@ -12,7 +12,8 @@ Two ways, by the number of tokens; docs/numerics.md bounds both:
 
 Float weights of few tokens meet activations that are two FP16 numbers each.
 
-Not here: the kernels (`triton_matmul.py`), layout (`planes.py`), packing (`triton_weights.py`).
+Not here: the kernels (`triton_matmul.py`, `triton_gemm.py`), layout (`planes.py`), packing
+(`triton_weights.py`).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 import triton
 from torch import Tensor
 
-from sharding.kernels import triton_matmul
+from sharding.kernels import triton_gemm, triton_matmul
 from sharding.kernels.planes import BLOCK, FLOAT_COLUMNS, Planes
 from sharding.kernels.triton_weights import IQ4_CODES, Part, PlanesWeight
 
@@ -159,7 +160,7 @@ class Products:
         half_TI = torch.empty(tokens, cols, dtype=torch.float16, device=x_TI.device)
         factor_T = x_TI.new_empty(tokens)
         size = _columns_at_once(cols, self._tiles.columns)
-        triton_matmul._halve[(tokens,)](x_TI, half_TI, factor_T, cols, size)
+        triton_gemm._halve[(tokens,)](x_TI, half_TI, factor_T, cols, size)
         slab = max(1, min(weight.rows, WORKSPACE_BYTES // (2 * cols)))
         space = torch.empty(slab, cols, dtype=torch.float16, device=x_TI.device)
         for part in weight.parts:
@@ -186,7 +187,7 @@ class Products:
         cols = product.shape[1]
         size = _columns_at_once(cols, self._tiles.columns)
         y = y_TO[:, first:]
-        triton_matmul._finish[(len(y_TO), triton.cdiv(cols, size))](
+        triton_gemm._finish[(len(y_TO), triton.cdiv(cols, size))](
             product, y, y if residual_TO is None else residual_TO[:, first:], factor_T, factor,
             cols, y_TO.shape[1], size, residual_TO is not None,
         )  # fmt: skip
@@ -203,7 +204,7 @@ class Products:
             return
         rows_at_once = self._tiles.spread_rows
         blocks = part.cols // BLOCK
-        triton_matmul._spread[(triton.cdiv(count, rows_at_once), blocks)](
+        triton_gemm._spread[(triton.cdiv(count, rows_at_once), blocks)](
             out, part.low if ids is None else ids, *part.tensors, self._codes, first, part.rows,
             count, cols, blocks, factor, ids is not None, rows_at_once, *constants(part.planes),
             num_warps=1,

@@ -9,8 +9,8 @@ import torch
 pytest.importorskip("triton", reason="Triton is for Linux on x86-64")
 
 from sharding.kernels.triton import TritonKernels
-from sharding.kernels.triton_attention import SPLIT, Way
 from sharding.kernels.triton_graphs import Inputs, Shape
+from sharding.kernels.triton_plan import SPLIT, Way
 from sharding.model.kv_cache import LayerPages
 from tests.sharding.kernels.world import Heads, index_of, normal, random_pages
 

@@ -21,7 +21,7 @@ from sharding.kernels import triton as triton_set
 from sharding.kernels.planes import PLANES
 from sharding.kernels.reference import Float32Weight, ReferenceKernels
 from sharding.kernels.triton import choose_device
-from sharding.kernels.triton_attention import fine_rows
+from sharding.kernels.triton_plan import fine_rows
 from sharding.kernels.triton_products import FEW_TOKENS
 from sharding.model.attention import BatchIndex
 from sharding.model.kv_cache import LayerPages
