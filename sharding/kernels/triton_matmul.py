@@ -236,6 +236,58 @@ def _deliver(
 
 
 @triton.jit
+def _block(
+    own, digits, codes, N: tl.constexpr, ROWS: tl.constexpr, AHEAD: tl.constexpr, ASM: tl.constexpr,
+    LOW: tl.constexpr, HIGH: tl.constexpr, PLACE: tl.constexpr, GROUP: tl.constexpr,
+    SCALED: tl.constexpr, MINIMUM: tl.constexpr, CODED: tl.constexpr,
+):  # fmt: skip
+    """What a block adds to `[O, N]`, in the scale of its digits; `own` is what `_loaded` found."""
+    tiles: tl.constexpr = ROWS // _TILE
+    parts: tl.constexpr = _RUN // GROUP
+    each: tl.constexpr = 2 if MINIMUM else 1
+    scale: tl.constexpr = LOW + HIGH
+    count: tl.constexpr = 8 * parts * each // 4 if SCALED else 8
+    column: tl.constexpr = scale + count + SCALED
+    ones_OI = tl.full([ROWS, _RUN], 1, tl.int8)
+    sum_ON = tl.zeros([ROWS, N], tl.float32)
+    if SCALED:
+        d_O, m_O = _unit(own[scale + count], PLACE, MINIMUM)
+        met_ON = tl.zeros([ROWS, N], tl.int32)
+        least_ON = tl.zeros([ROWS, N], tl.int32)
+    for k in tl.static_range(8):
+        low_OI = tl.reshape(own[k * LOW // 8], [tiles, 8, 4, 2, 2])
+        high_OI = low_OI
+        if HIGH > 0:
+            high_OI = tl.reshape(own[LOW + k * HIGH // 8], [tiles, 8, 4, 2, 2])
+        bytes = _integers(low_OI, high_OI, codes, k, LOW, HIGH, PLACE, CODED, ASM)
+        q_OI = _as_tiles(bytes, tiles)
+        group = digits + k * (_RUN * N // 4)
+        x = own[column + k] if AHEAD else tl.load(group)
+        for part in tl.static_range(parts):
+            x_IN = _as_columns(_halved(x, part, parts, ASM), N)
+            dot_ON = tl.dot(q_OI, x_IN)
+            if MINIMUM:  # which every digit of its group meets
+                all_ON = tl.dot(ones_OI, x_IN)
+            if SCALED:
+                word_O = own[scale + (k * parts + part) * each // 4]
+                scale_O = _byte(word_O, (k * parts + part) * each % 4, not MINIMUM)
+                met_ON += scale_O[:, None] * dot_ON
+                if MINIMUM:
+                    minimum_O = _byte(word_O, (k * parts + part) * each % 4 + 1, False)
+                    least_ON += minimum_O[:, None] * all_ON
+            else:
+                d_O, m_O = _unit(own[scale + k], PLACE, MINIMUM)
+                sum_ON += d_O[:, None] * dot_ON.to(tl.float32)
+                if MINIMUM:
+                    sum_ON += m_O[:, None] * all_ON.to(tl.float32)
+    if SCALED:
+        sum_ON = d_O[:, None] * met_ON.to(tl.float32)
+        if MINIMUM:
+            sum_ON += m_O[:, None] * least_ON.to(tl.float32)
+    return sum_ON
+
+
+@triton.jit
 def _few(
     digits, factors, y, residual, partials, counters, low, high, scales, units, codes, rows,
     blocks, y_cols, tokens, cuts, N: tl.constexpr, ROWS: tl.constexpr, AHEAD: tl.constexpr,
@@ -258,12 +310,8 @@ def _few(
     high_tile = high + tile * (blocks * (size * HIGH)) + word % size
     inside = tile * _TILE < rows if tiles > 1 else None
     digits += tl.arange(0, _RUN * N // 4)
-    parts: tl.constexpr = _RUN // GROUP
     each: tl.constexpr = 2 if MINIMUM else 1
-    count: tl.constexpr = 8 * parts * each // 4 if SCALED else 8
-    scale: tl.constexpr = LOW + HIGH
-    column: tl.constexpr = scale + count + SCALED
-    ones_OI = tl.full([ROWS, _RUN], 1, tl.int8)
+    count: tl.constexpr = 8 * (_RUN // GROUP) * each // 4 if SCALED else 8
     length = tl.cdiv(blocks, cuts)
     first = tl.program_id(1) * length
     last = tl.minimum(blocks, first + length)
@@ -280,41 +328,10 @@ def _few(
             rows, there_O, inside, LOW, HIGH, SCALED, count, size, N, AHEAD,
         )  # fmt: skip
         factor_N = tl.load(factors + block * N + n)
-        sum_ON = tl.zeros([ROWS, N], tl.float32)
-        if SCALED:
-            d_O, m_O = _unit(own[scale + count], PLACE, MINIMUM)
-            met_ON = tl.zeros([ROWS, N], tl.int32)
-            least_ON = tl.zeros([ROWS, N], tl.int32)
-        for k in tl.static_range(8):
-            low_OI = tl.reshape(own[k * LOW // 8], [tiles, 8, 4, 2, 2])
-            high_OI = low_OI
-            if HIGH > 0:
-                high_OI = tl.reshape(own[LOW + k * HIGH // 8], [tiles, 8, 4, 2, 2])
-            bytes = _integers(low_OI, high_OI, codes, k, LOW, HIGH, PLACE, CODED, ASM)
-            q_OI = _as_tiles(bytes, tiles)
-            group = digits + (block * 8 + k) * (_RUN * N // 4)
-            x = own[column + k] if AHEAD else tl.load(group)
-            for part in tl.static_range(parts):
-                x_IN = _as_columns(_halved(x, part, parts, ASM), N)
-                dot_ON = tl.dot(q_OI, x_IN)
-                if MINIMUM:  # which every digit of its group meets
-                    all_ON = tl.dot(ones_OI, x_IN)
-                if SCALED:
-                    word_O = own[scale + (k * parts + part) * each // 4]
-                    scale_O = _byte(word_O, (k * parts + part) * each % 4, not MINIMUM)
-                    met_ON += scale_O[:, None] * dot_ON
-                    if MINIMUM:
-                        minimum_O = _byte(word_O, (k * parts + part) * each % 4 + 1, False)
-                        least_ON += minimum_O[:, None] * all_ON
-                else:
-                    d_O, m_O = _unit(own[scale + k], PLACE, MINIMUM)
-                    sum_ON += d_O[:, None] * dot_ON.to(tl.float32)
-                    if MINIMUM:
-                        sum_ON += m_O[:, None] * all_ON.to(tl.float32)
-        if SCALED:
-            sum_ON = d_O[:, None] * met_ON.to(tl.float32)
-            if MINIMUM:
-                sum_ON += m_O[:, None] * least_ON.to(tl.float32)
+        sum_ON = _block(
+            own, digits + block * (8 * _RUN * N // 4), codes, N, ROWS, AHEAD, ASM, LOW, HIGH, PLACE,
+            GROUP, SCALED, MINIMUM, CODED,
+        )  # fmt: skip
         y_ON += factor_N[None, :] * sum_ON
     y_OT = tl.sum(tl.reshape(y_ON, [ROWS, N // 4, 4]), axis=2)
     _deliver(
