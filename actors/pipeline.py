@@ -62,6 +62,12 @@ class Envelope(msgspec.Struct, frozen=True):
     error: str | None = None
 
 
+# Made once: a decoded token pays for every look-up.
+_encode = msgspec.msgpack.Encoder().encode
+_envelopes = msgspec.msgpack.Decoder(Envelope)
+_results = msgspec.msgpack.Decoder(Result)
+
+
 def forward_envelope(
     stage: Stage, envelope: Envelope, hidden: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, Envelope | Result]:
@@ -137,15 +143,17 @@ class SocketPipeline:
 
     def send(self, batch: Batch) -> None:
         """Send the batch to the first stage."""
-        self._front.send(ENVELOPE, batch.step, msgspec.msgpack.encode(Envelope(batch)))
+        self._front.send(ENVELOPE, batch.step, _encode(Envelope(batch)))
 
     def receive(self, timeout_s: float | None) -> Result | None:
         """Wait for the last stage's answer. The front edge only ever tells that its stage died."""
+        if self._back.pending:
+            return decode(self._back.receive().meta, _results)
         ready = [key.fileobj for key, _ in self._selector.select(timeout_s)]
         if self._woken in ready:
             self._woken.recv(4096)
         if self._back in ready:
-            return decode(self._back.receive().meta, Result)
+            return decode(self._back.receive().meta, _results)
         if self._front in ready:
             self._front.receive()
             raise ProtocolError("the first stage sent a frame backwards")
@@ -172,10 +180,10 @@ def serve_stage(stage: Stage, upstream: Edge, downstream: Edge) -> None:
     try:
         while True:
             frame = upstream.receive()
-            envelope = decode(frame.meta, Envelope)
+            envelope = decode(frame.meta, _envelopes)
             hidden, passed = forward_envelope(stage, envelope, frame.hidden)
             kind = RESULT if isinstance(passed, Result) else ENVELOPE
-            downstream.send(kind, frame.step, msgspec.msgpack.encode(passed), hidden)
+            downstream.send(kind, frame.step, _encode(passed), hidden)
     finally:
         upstream.close()
         downstream.close()
@@ -184,9 +192,9 @@ def serve_stage(stage: Stage, upstream: Edge, downstream: Edge) -> None:
 Message = TypeVar("Message")
 
 
-def decode(meta: bytes, kind: type[Message]) -> Message:
+def decode(meta: bytes, messages: msgspec.msgpack.Decoder[Message]) -> Message:
     """The meta part of a frame. Raises `ProtocolError`."""
     try:
-        return msgspec.msgpack.decode(meta, type=kind)
+        return messages.decode(meta)
     except msgspec.DecodeError as error:
-        raise ProtocolError(f"a frame's meta part is no {kind.__name__}: {error}") from error
+        raise ProtocolError(f"a frame's meta part is no {messages.type}: {error}") from error

@@ -8,12 +8,15 @@ import struct
 import threading
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from actors.pipeline import RESULT, SocketPipeline
 from actors.transport import HEADER, Edge, Listener, connect
+from sharding.batch import Result
 from sharding.errors import PeerLostError, ProtocolError
 
 SECRET = b"s" * 32
@@ -64,6 +67,45 @@ def test_a_frame_larger_than_the_socket_buffer_arrives_whole() -> None:
         sender.join()
         assert frame.hidden is not None
         assert torch.equal(frame.hidden, hidden)
+
+
+def test_frames_that_came_together_are_received_one_by_one() -> None:
+    """Of any size: a read takes what is there, a frame's end or not."""
+    sizes = [1, 700, 3, 40000, 1, 2, 300, 50000, 1]
+    states = [torch.full((1, size), float(size)) for size in sizes]
+    with joined() as (left, right):
+        for step, hidden in enumerate(states):
+            left.send(2, step, bytes(step), hidden)
+        for step, hidden in enumerate(states):
+            frame = right.receive()
+            assert (frame.step, frame.meta) == (step, bytes(step))
+            assert frame.hidden is not None
+            assert torch.equal(frame.hidden, hidden)
+        assert not right.pending
+
+
+def test_results_that_came_together_are_all_received() -> None:
+    """The second is no longer in the socket, where a wait would look for it."""
+    with joined() as (front, _), joined() as (last_stage, back):
+        pipeline = SocketPipeline(front, back, 2)
+        for step in range(3):
+            last_stage.send(RESULT, step, msgspec.msgpack.encode(Result(step)))
+        found = [pipeline.receive(timeout_s=10) for _ in range(3)]
+        assert [result.step for result in found if result is not None] == [0, 1, 2]
+        assert pipeline.receive(timeout_s=0) is None
+        pipeline.close()
+
+
+def test_a_tensor_that_is_sent_again_has_its_new_numbers() -> None:
+    whole = torch.zeros(4, 4)
+    with joined() as (left, right):
+        for hidden in (whole, whole.t(), whole[:, 1:3], whole):
+            for value in (1.0, 2.0):
+                whole.copy_(torch.arange(16.0).view(4, 4) * value)
+                left.send(2, 1, b"", hidden)
+                frame = right.receive()
+                assert frame.hidden is not None
+                assert torch.equal(frame.hidden, hidden)
 
 
 def test_received_states_are_aligned_like_any_other_tensor() -> None:
@@ -157,7 +199,7 @@ def test_a_closed_peer_is_a_lost_peer() -> None:
 def test_a_peer_that_dies_in_mid_frame_is_a_lost_peer() -> None:
     raw, other = socket.socketpair()
     edge = Edge(other, 0)
-    raw.sendall(b"LSPN\x01\x02")
+    raw.sendall(b"LSPN\x02\x02")
     raw.close()
     with pytest.raises(PeerLostError, match="closed"):
         edge.receive()
@@ -167,10 +209,10 @@ def test_a_peer_that_dies_in_mid_frame_is_a_lost_peer() -> None:
 HOSTILE = {
     "no magic": (b"HTTP", 1, 2, 1, 0, 1, 1, 0, 0, 4),
     "another version": (b"LSPN", 9, 2, 1, 0, 1, 1, 0, 0, 4),
-    "unknown type": (b"LSPN", 1, 2, 77, 0, 1, 1, 0, 0, 4),
-    "a payload that contradicts its shape": (b"LSPN", 1, 2, 1, 0, 2, 2, 0, 0, 1 << 40),
-    "a payload of terabytes": (b"LSPN", 1, 2, 1, 0, 1 << 30, 1 << 30, 0, 0, 1 << 62),
-    "a meta part of gigabytes": (b"LSPN", 1, 2, 0, 0, 0, 0, 1 << 31, 0, 0),
+    "unknown type": (b"LSPN", 2, 2, 77, 0, 1, 1, 0, 0, 4),
+    "a payload that contradicts its shape": (b"LSPN", 2, 2, 1, 0, 2, 2, 0, 0, 1 << 40),
+    "a payload of terabytes": (b"LSPN", 2, 2, 1, 0, 1 << 30, 1 << 30, 0, 0, 1 << 62),
+    "a meta part of gigabytes": (b"LSPN", 2, 2, 0, 0, 0, 0, 1 << 31, 0, 0),
 }
 
 
