@@ -98,7 +98,7 @@ class Cases:
         file = raw_file(format, shape)
         first = kernels.pack(file, ["w"])
         copies = [first, *(kernels.pack(file, ["w"]) for _ in range(_more(first.n_bytes)))]
-        expanded_OI = kernels.embed(first, torch.arange(rows)).half()
+        expanded_OI = kernels.embed(first, range(rows)).half()
         for tokens in (1, 4, 16, self._sizes.chunk):
             x_TI = torch.randn(tokens, cols, device=self._device)
             few = tokens <= FEW_TOKENS and format != "F16"
@@ -147,9 +147,9 @@ class Cases:
         turn = partial(kernels.rotate_and_store, qkv_TX, index, pages)
         yield Case(f"rotate_and_store T{tokens}", [turn], qkv_TX.nbytes + written)
         weight = kernels.pack(raw_file("Q4_K", self._sizes.shapes[0]), ["w"])
-        ids_T = torch.randint(0, weight.rows, (tokens,), device=self._device)
+        ids = torch.randint(0, weight.rows, (tokens,)).tolist()
         read = weight.n_bytes // weight.rows * tokens
-        embed = partial(kernels.embed, weight, ids_T)
+        embed = partial(kernels.embed, weight, ids)
         yield Case(f"embed Q4_K T{tokens}", [embed], read + 4 * weight.cols * tokens)
 
     def _library_attention(self, heads: Heads, tokens: int) -> Callable[[], object]:

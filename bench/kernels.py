@@ -186,8 +186,8 @@ class Cases:
 
     def _embed_work(self, tokens: int) -> Work:
         weights = packed_copies(self._kernels, "Q4_K", (32000, 4096))
-        ids_T = torch.randint(32000, (tokens,))
-        calls = [partial(self._kernels.embed, weight, ids_T) for weight in weights]
+        ids = torch.randint(32000, (tokens,)).tolist()
+        calls = [partial(self._kernels.embed, weight, ids) for weight in weights]
         return Work(calls, tokens * weights[0].n_bytes // weights[0].rows)
 
 

@@ -8,7 +8,7 @@ here: Ray, sockets, the choice of what to compute next.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -24,7 +24,7 @@ from sharding.model.attention import build_index
 from sharding.model.block import load_block
 from sharding.model.kv_cache import PageStore
 from sharding.model.rope import frequencies
-from sharding.model.sampling import History, draw, score
+from sharding.model.sampling import History, draw, score, takes_likeliest
 from sharding.model.weights import (
     EMBEDDING,
     OUTPUT_NORM,
@@ -51,7 +51,10 @@ class _Open:
 
 @dataclass
 class StageOutput:
-    """What one batch made: hidden states `[T, I]` for the next stage, or results from the last."""
+    """What one batch made: hidden states `[T, I]` for the next stage, or results from the last.
+
+    The hidden states may be overwritten by the stage's next batch.
+    """
 
     hidden_TI: torch.Tensor | None = None
     segments: list[SegmentResult] = field(default_factory=list)
@@ -72,10 +75,11 @@ class Stage:
         self._freqs_R = frequencies(self.shape, factors)
         self._embedding = self.kernels.pack(file, [EMBEDDING]) if self.is_first else None
         self._blocks = list(self._load_blocks(file, report))
-        self._head: Weight | None = None
+        self._output: Weight | None = None
         if self.is_last:
-            self._head = load_head(file, self.kernels, self._embedding)
+            self._output = load_head(file, self.kernels, self._embedding)
             self._output_norm_I = load_vector(file, OUTPUT_NORM).to(self.kernels.device)
+            self._head = self.kernels.head(self._output_norm_I, self.shape.norm_eps, self._output)
         self._pages = PageStore(
             len(self._blocks),
             spec.pages,
@@ -85,6 +89,8 @@ class Stage:
         )
         self._layers = self.kernels.layers(self._blocks, self._pages.layers)
         self._open: dict[int, _Open] = {}
+        self._on_host = self.kernels.device.type == "cpu"
+        self._embedded_TI = torch.empty(0, self.shape.hidden)
         report(1.0)
 
     def _load_blocks(
@@ -107,7 +113,7 @@ class Stage:
     @property
     def weights_bytes(self) -> int:
         """Resident bytes of the weights; a head shared with the embedding counts once."""
-        extra = {id(w): w.n_bytes for w in (self._embedding, self._head) if w is not None}
+        extra = {id(w): w.n_bytes for w in (self._embedding, self._output) if w is not None}
         norm = self._output_norm_I.nbytes if self.is_last else 0
         return sum(block.n_bytes for block in self._blocks) + sum(extra.values()) + norm
 
@@ -129,8 +135,9 @@ class Stage:
     def forward(self, batch: Batch, hidden_TI: torch.Tensor | None) -> StageOutput:
         """Apply a batch: closings, openings, then its segments.
 
-        `hidden_TI` comes from the stage before, None on the first. Raises `StageError` when the
-        batch cannot be computed; openings and closings have taken effect even then.
+        `hidden_TI` comes from the stage before, None on the first, and is used up. Raises
+        `StageError` when the batch cannot be computed; openings and closings have taken effect even
+        then.
         """
         self.apply_books(batch)
         if not batch.segments:
@@ -138,8 +145,8 @@ class Stage:
         try:
             hidden_TI = self.hidden(batch, hidden_TI)
             if not self.is_last:
-                return StageOutput(hidden_TI=hidden_TI.cpu())
-            return StageOutput(segments=list(self._results(batch, hidden_TI)))
+                return StageOutput(hidden_TI=hidden_TI if self._on_host else hidden_TI.cpu())
+            return StageOutput(segments=self._results(batch, hidden_TI))
         except (RuntimeError, IndexError, MemoryError) as error:
             # What torch raises, above all when memory is short: this batch is lost, the stage not.
             raise StageError(f"{type(error).__name__}: {error}") from error
@@ -162,21 +169,27 @@ class Stage:
         """Hidden states `[T, I]` after this stage's layers; writes the batch's KV."""
         self._check(batch)
         tables = {segment.request: self._open[segment.request].table for segment in batch.segments}
-        device = self.kernels.device
-        index = build_index(batch.segments, tables, self.shape, self._freqs_R).to(device)
+        index = build_index(batch.segments, tables, self.shape, self._freqs_R)
         if self._embedding is not None:
-            ids = [token for segment in batch.segments for token in segment.tokens]
-            hidden_TI = self.kernels.embed(self._embedding, torch.tensor(ids))
+            hidden_TI = self._embed(batch, self._embedding)
         if hidden_TI is None or hidden_TI.shape != (batch.n_tokens, self.shape.hidden):
             got = None if hidden_TI is None else list(hidden_TI.shape)
             raise StageError(f"hidden states {got} for {batch.n_tokens} x {self.shape.hidden}")
-        return self._layers.run(hidden_TI.to(device), index)
+        if not self._on_host:
+            hidden_TI, index = hidden_TI.to(self.kernels.device), index.to(self.kernels.device)
+        return self._layers.run(hidden_TI, index)
+
+    def _embed(self, batch: Batch, embedding: Weight) -> torch.Tensor:
+        """Into the same tensor as long as batches have as many tokens: the next stage's edge knows
+        it then."""
+        ids = [token for segment in batch.segments for token in segment.tokens]
+        if len(self._embedded_TI) != len(ids):
+            self._embedded_TI = torch.empty(len(ids), self.shape.hidden)
+        return self.kernels.embed(embedding, ids, self._embedded_TI)
 
     def logits(self, hidden_TI: torch.Tensor) -> torch.Tensor:
         """Logits `[T, V]` of hidden states from the last layer (last stage only)."""
-        assert self._head is not None, "only the last stage has a head"
-        normed = self.kernels.rms_norm(hidden_TI, self._output_norm_I, self.shape.norm_eps)
-        return self.kernels.matmul(normed, self._head)
+        return self._head.logits(hidden_TI)
 
     def _check(self, batch: Batch) -> None:
         """The engine is trusted to be sane, its bytes are not: an index out of range would corrupt
@@ -198,13 +211,44 @@ class Stage:
                     f"request {segment.request}: a token id outside [0, {self.shape.vocab})"
                 )
 
-    def _results(self, batch: Batch, hidden_TI: torch.Tensor) -> Iterator[SegmentResult]:
+    def _results(self, batch: Batch, hidden_TI: torch.Tensor) -> list[SegmentResult]:
         stops = list(accumulate(len(segment.tokens) for segment in batch.segments))
         ends = [stop - 1 for stop, at in zip(stops, batch.segments, strict=True) if at.sample]
-        drawn_from = hidden_TI if len(ends) == len(hidden_TI) else hidden_TI[ends]
-        logits = self._rows_of_logits(drawn_from)
-        for segment, stop in zip(batch.segments, stops, strict=True):
+        drawn_from = hidden_TI if len(ends) == stops[-1] else hidden_TI[ends]
+        for segment in batch.segments:
             self._remember(segment)
+        if all(self._takes_likeliest(segment) for segment in batch.segments):
+            ids = self._likeliest(drawn_from, len(ends))
+            if -1 not in ids:  # else the logits tell what is wrong
+                drawn = iter(ids)
+                return [
+                    SegmentResult(at.request, Choice(next(drawn)) if at.sample else None)
+                    for at in batch.segments
+                ]
+        return list(self._drawn_one_by_one(batch, hidden_TI, stops, self._rows(drawn_from)))
+
+    def _takes_likeliest(self, segment: Segment) -> bool:
+        """Whether its logits need not be seen."""
+        if segment.targets or not segment.sample:
+            return not segment.targets
+        opened = self._open[segment.request].opened
+        drawn = segment.start + len(segment.tokens) - opened.prompt_tokens
+        return takes_likeliest(opened.sampling, drawn)
+
+    def _likeliest(self, hidden_TI: torch.Tensor, rows: int) -> list[int]:
+        if rows <= LOGIT_ROWS:  # no slice for decoded tokens
+            return self._head.likeliest(hidden_TI) if rows else []
+        slabs = hidden_TI.split(LOGIT_ROWS)
+        return [token for slab in slabs for token in self._head.likeliest(slab)]
+
+    def _drawn_one_by_one(
+        self,
+        batch: Batch,
+        hidden_TI: torch.Tensor,
+        stops: Sequence[int],
+        logits: Iterator[torch.Tensor],
+    ) -> Iterator[SegmentResult]:
+        for segment, stop in zip(batch.segments, stops, strict=True):
             logits_V = next(logits) if segment.sample else None
             try:
                 scores = list(self._scores(segment, hidden_TI, stop - len(segment.tokens)))
@@ -214,12 +258,10 @@ class Stage:
             else:
                 yield SegmentResult(segment.request, drawn, scores)
 
-    def _rows_of_logits(self, hidden_TI: torch.Tensor) -> Iterator[torch.Tensor]:
-        if len(hidden_TI) <= LOGIT_ROWS:  # one slice less for each decoded token
-            yield from self.logits(hidden_TI)
-            return
-        for first in range(0, len(hidden_TI), LOGIT_ROWS):
-            yield from self.logits(hidden_TI[first : first + LOGIT_ROWS])
+    def _rows(self, hidden_TI: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Logits, row by row."""
+        for slab in hidden_TI.split(LOGIT_ROWS):
+            yield from self.logits(slab)
 
     def _remember(self, segment: Segment) -> None:
         entry = self._open[segment.request]

@@ -77,9 +77,21 @@ class Layers(Protocol):
     def run(self, x_TI: torch.Tensor, index: BatchIndex) -> torch.Tensor:
         """Hidden states `[T, I]` after all blocks; writes the batch's keys and values.
 
-        Of each block: `x += attention(rms_norm(x) @ qkv.T) @ attn_output.T`, then
+        `x_TI` may be overwritten, and may be what comes back. Of each block:
+        `x += attention(rms_norm(x) @ qkv.T) @ attn_output.T`, then
         `x += gated_silu(rms_norm(x) @ gate_up.T) @ ffn_down.T`.
         """
+
+
+class Head(Protocol):
+    """The output norm and matrix, bound to a kernel set."""
+
+    def logits(self, x_TI: torch.Tensor) -> torch.Tensor:
+        """`rms_norm(x) @ weight.T`, `[T, V]`."""
+
+    def likeliest(self, x_TI: torch.Tensor) -> list[int]:
+        """The id of each row's largest logit, the lowest of equals; -1 for a row with one that is
+        not finite."""
 
 
 class Kernels(Protocol):
@@ -96,8 +108,13 @@ class Kernels(Protocol):
         Raises `UnsupportedModelError` for a quantisation format that this set does not compute.
         """
 
-    def embed(self, weight: Weight, ids_T: torch.Tensor) -> torch.Tensor:
-        """Rows `ids_T` (int64) of the weight, `[T, I]`."""
+    def embed(
+        self, weight: Weight, ids: Sequence[int], out_TI: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Rows `ids` of the weight, `[T, I]`; `out_TI` may be used for them.
+
+        Raises `IndexError` for a row there is not.
+        """
 
     def matmul(
         self, x_TI: torch.Tensor, weight: Weight, residual_TO: torch.Tensor | None = None
@@ -136,6 +153,9 @@ class Kernels(Protocol):
 
     def layers(self, weights: Sequence[BlockWeights], pages: Sequence[LayerPages]) -> Layers:
         """Blocks with their pages, ready to run one after the other."""
+
+    def head(self, norm_I: torch.Tensor, eps: float, weight: Weight) -> Head:
+        """What follows the last block."""
 
 
 def load_kernels(name: str) -> Kernels:

@@ -15,9 +15,30 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from sharding.kernels import BlockWeights, Kernels
+    from sharding.kernels import BlockWeights, Kernels, Weight
     from sharding.model.attention import BatchIndex
     from sharding.model.kv_cache import LayerPages
+
+
+@dataclass(frozen=True)
+class ComposedHead:
+    """`Head` of any kernel set."""
+
+    kernels: Kernels
+    norm_I: torch.Tensor
+    eps: float
+    weight: Weight
+
+    def logits(self, x_TI: torch.Tensor) -> torch.Tensor:
+        """Norm, then product."""
+        return self.kernels.matmul(self.kernels.rms_norm(x_TI, self.norm_I, self.eps), self.weight)
+
+    def likeliest(self, x_TI: torch.Tensor) -> list[int]:
+        """Of all rows at once."""
+        logits_TV = self.logits(x_TI)
+        finite_T = logits_TV.isfinite().all(dim=-1)
+        ids: list[int] = logits_TV.argmax(dim=-1).where(finite_T, -1).tolist()
+        return ids
 
 
 @dataclass(frozen=True)

@@ -68,11 +68,13 @@ class CPUKernels:
             )
         return weight
 
-    def embed(self, weight: Weight, ids_T: torch.Tensor) -> torch.Tensor:
-        """One row of the packed panel that holds it. Raises `IndexError` for a row there is not."""
-        assert ids_T.dtype == torch.int64 and ids_T.is_contiguous(), ids_T.dtype
-        y_TI = torch.empty(len(ids_T), weight.cols)
-        self.native.embed(_own(weight), ids_T.data_ptr(), len(ids_T), y_TI.data_ptr())
+    def embed(
+        self, weight: Weight, ids: Sequence[int], out_TI: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """One row of the packed panel that holds it."""
+        y_TI = torch.empty(len(ids), weight.cols) if out_TI is None else out_TI
+        assert y_TI.shape == (len(ids), weight.cols), y_TI.shape
+        self.native.embed(_own(weight), ids, _address(y_TI))
         return y_TI
 
     def matmul(
@@ -139,6 +141,10 @@ class CPUKernels:
         """One call for all blocks."""
         return CPULayers(self, weights, pages)
 
+    def head(self, norm_I: torch.Tensor, eps: float, weight: Weight) -> CPUHead:
+        """One call for both steps, and for the choice of a token."""
+        return CPUHead(self, norm_I, eps, weight)
+
 
 class CPULayers:
     """`Layers` that run in one call."""
@@ -173,12 +179,40 @@ class CPULayers:
         )
 
     def run(self, x_TI: torch.Tensor, index: BatchIndex) -> torch.Tensor:
-        """See `Layers.run`."""
+        """In place."""
         assert x_TI.shape == (index.n_tokens, self._hidden), x_TI.shape
         assert 2 * len(index.freqs_R) <= self._kept[1][0].head_dim, index.freqs_R.shape
-        y_TI = torch.empty_like(x_TI)
-        self._layers.run(_address(x_TI), _native_batch(index), y_TI.data_ptr())
-        return y_TI
+        x = _address(x_TI)
+        self._layers.run(x, _native_batch(index), x)
+        return x_TI
+
+
+class CPUHead:
+    """`Head` in one call."""
+
+    def __init__(
+        self, kernels: CPUKernels, norm_I: torch.Tensor, eps: float, weight: Weight
+    ) -> None:
+        assert len(norm_I) == weight.cols, norm_I.shape
+        self._kept = norm_I, weight  # the C++ keeps addresses
+        self._shape = weight.cols, weight.rows
+        self._head = _cpu.Head(kernels.native, _address(norm_I), eps, _own(weight))
+
+    def logits(self, x_TI: torch.Tensor) -> torch.Tensor:
+        """A row for each token."""
+        tokens, vocab = self._checked(x_TI), self._shape[1]
+        y_TV = torch.empty(tokens, vocab)
+        self._head.logits(_address(x_TI), tokens, y_TV.data_ptr())
+        return y_TV
+
+    def likeliest(self, x_TI: torch.Tensor) -> list[int]:
+        """The logits never leave the C++."""
+        return self._head.likeliest(_address(x_TI), self._checked(x_TI))
+
+    def _checked(self, x_TI: torch.Tensor) -> int:
+        tokens, hidden = x_TI.shape
+        assert hidden == self._shape[0], x_TI.shape
+        return tokens
 
 
 def _alike(infos: Sequence[TensorInfo]) -> list[list[TensorInfo]]:

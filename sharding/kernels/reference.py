@@ -20,7 +20,7 @@ import torch
 from torch.nn.functional import silu
 
 from sharding.gguf.quants import dequantise
-from sharding.kernels.composed import ComposedLayers
+from sharding.kernels.composed import ComposedHead, ComposedLayers
 from sharding.model.sampling import gumbel_argmax
 
 if TYPE_CHECKING:
@@ -79,9 +79,11 @@ class ReferenceKernels:
             row += info.rows
         return Float32Weight(stacked)
 
-    def embed(self, weight: Weight, ids_T: torch.Tensor) -> torch.Tensor:
+    def embed(
+        self, weight: Weight, ids: Sequence[int], out_TI: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Row lookup."""
-        return _matrix(weight)[ids_T]
+        return _matrix(weight)[torch.tensor(ids, dtype=torch.int64)]
 
     def matmul(
         self, x_TI: torch.Tensor, weight: Weight, residual_TO: torch.Tensor | None = None
@@ -136,6 +138,10 @@ class ReferenceKernels:
     ) -> ComposedLayers:
         """Step by step."""
         return ComposedLayers(self, weights, pages)
+
+    def head(self, norm_I: torch.Tensor, eps: float, weight: Weight) -> ComposedHead:
+        """Step by step."""
+        return ComposedHead(self, norm_I, eps, weight)
 
 
 def _rotate(x_THD: torch.Tensor, index: BatchIndex) -> torch.Tensor:

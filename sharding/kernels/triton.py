@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sharding.errors import ConfigError, UnsupportedModelError
-from sharding.kernels.composed import ComposedLayers
+from sharding.kernels.composed import ComposedHead, ComposedLayers
 from sharding.kernels.planes import PLANES
 
 try:
@@ -119,11 +119,14 @@ class TritonKernels:
                 )
         return pack(file, infos, self.device)
 
-    def embed(self, weight: Weight, ids_T: torch.Tensor) -> torch.Tensor:
-        """Rows expanded by their ids. Raises `IndexError` for a row there is not."""
-        if len(ids_T) and not 0 <= int(ids_T.min()) <= int(ids_T.max()) < weight.rows:
+    def embed(
+        self, weight: Weight, ids: Sequence[int], out_TI: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Rows expanded by their ids."""
+        if ids and not 0 <= min(ids) <= max(ids) < weight.rows:
             raise IndexError(f"a row outside [0, {weight.rows})")
-        return self._products.rows(_own(weight), ids_T.to(self.device))
+        ids_T = torch.tensor(ids, dtype=torch.int64).to(self.device)
+        return self._products.rows(_own(weight), ids_T)
 
     def matmul(
         self, x_TI: torch.Tensor, weight: Weight, residual_TO: torch.Tensor | None = None
@@ -177,6 +180,10 @@ class TritonKernels:
                 )
         composed = ComposedLayers(self, weights, pages)
         return composed if self.device.type != "cuda" else GraphedLayers(self, composed)
+
+    def head(self, norm_I: torch.Tensor, eps: float, weight: Weight) -> ComposedHead:
+        """Kernel by kernel."""
+        return ComposedHead(self, norm_I, eps, weight)
 
     def cuts(self, index: BatchIndex, ways: Sequence[Way]) -> list[Items]:
         """How attention is cut, for each way of blocks."""

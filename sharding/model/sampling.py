@@ -85,7 +85,7 @@ def draw(
     filters them. Equal logits at temperature 0: the lowest id.
     Raises `StageError` if a logit is NaN or +inf, or if no token is left to draw.
     """
-    if params.temperature == 0.0 and params.logprobs is None and not _adjusts(params, drawn):
+    if takes_likeliest(params, drawn):
         values_V = _for_argmax(logits_V)
         token = int(values_V.argmax())  # nothing of the below would move it
         if math.isfinite(values_V[token]):
@@ -111,6 +111,11 @@ def draw(
     if params.logprobs is None:
         return Choice(token)
     return score(logits_V[None], [token], params.logprobs)[0]
+
+
+def takes_likeliest(params: SamplingParams, drawn: int) -> bool:
+    """Whether `draw` takes the largest logit, the lowest id of equals, and says no more."""
+    return params.temperature == 0.0 and params.logprobs is None and not _adjusts(params, drawn)
 
 
 def _largest_id(values_V: Tensor) -> int:

@@ -66,6 +66,12 @@ struct Layers {
     explicit Layers(const Kernels& kernels) : ops(kernels.ops) {}
 };
 
+// A stage's head.
+struct BoundHead {
+    const Ops& ops;
+    Head head;
+};
+
 // A batch's segments: (first row, stop row, position) of each, one after the other, and the
 // addresses of their page tables.
 std::vector<Segment> make_segments(const std::vector<int>& spans,
@@ -94,13 +100,13 @@ void bind_kernels(nb::class_<Kernels> kernels) {
         Release());
     kernels.def(
         "embed",
-        [](const Kernels& self, const Weight& weight, Address ids, int tokens, Address y) {
+        [](const Kernels& self, const Weight& weight, const std::vector<int64_t>& ids, Address y) {
             check_order(self.ops, weight);
-            for (int t = 0; t < tokens; ++t)
-                if (at<int64_t>(ids)[t] < 0 || at<int64_t>(ids)[t] >= weight.rows())
+            for (const int64_t id : ids)
+                if (id < 0 || id >= weight.rows())
                     throw std::out_of_range("a row outside [0, " + std::to_string(weight.rows()) +
                                             ")");
-            embed(self.ops, weight, at<int64_t>(ids), tokens, at<float>(y));
+            embed(self.ops, weight, ids, at<float>(y));
         },
         Release());
     kernels.def(
@@ -128,6 +134,26 @@ void bind_kernels(nb::class_<Kernels> kernels) {
            Address y) {
             self.ops.attention(at<float>(q), batch.segments(), pages, window, nullptr,
                                at<float>(y));
+        },
+        Release());
+}
+
+void bind_head(nb::class_<BoundHead> head) {
+    head.def("__init__", [](BoundHead* self, const Kernels& kernels, Address norm, float eps,
+                            const Weight& weight) {
+        check_order(kernels.ops, weight);
+        new (self) BoundHead{kernels.ops, {{at<float>(norm), eps}, &weight}};
+    });
+    head.def(
+        "logits",
+        [](const BoundHead& self, Address x, int tokens, Address y) {
+            run_head(self.ops, self.head, at<float>(x), tokens, at<float>(y));
+        },
+        Release());
+    head.def(
+        "likeliest",
+        [](const BoundHead& self, Address x, int tokens) {
+            return likeliest(self.ops, self.head, at<float>(x), tokens);
         },
         Release());
 }
@@ -202,4 +228,5 @@ NB_MODULE(_cpu, m) {
             },
             Release());
     bind_kernels(kernels);
+    bind_head(nb::class_<BoundHead>(m, "Head"));
 }

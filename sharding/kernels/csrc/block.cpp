@@ -51,4 +51,24 @@ void run_layers(const Ops& ops, const std::vector<Layer>& layers, const float* x
     }
 }
 
+void run_head(const Ops& ops, const Head& head, const float* x, int tokens, float* logits) {
+    static thread_local Scratch<float> scratch;
+    const int hidden = head.weight->cols();
+    float* normed = scratch.at_least(static_cast<size_t>(tokens) * hidden);
+    ops.rms_norm(x, tokens, hidden, head.norm.scale, head.norm.eps, normed);
+    matmul(ops, normed, tokens, *head.weight, nullptr, nullptr, logits);
+}
+
+std::vector<int64_t> likeliest(const Ops& ops, const Head& head, const float* x, int tokens) {
+    const auto vocab = static_cast<size_t>(head.weight->rows());
+    // Not kept: rows of a whole vocabulary are too large for memory that nobody counts.
+    Scratch<float> scratch;
+    float* logits = scratch.at_least(tokens * vocab);
+    run_head(ops, head, x, tokens, logits);
+    std::vector<int64_t> ids;
+    for (int t = 0; t < tokens; ++t)
+        ids.push_back(ops.argmax(logits + t * vocab, static_cast<int>(vocab)));
+    return ids;
+}
+
 }  // namespace longspan

@@ -29,4 +29,15 @@ struct Layer {
 void run_layers(const Ops& ops, const std::vector<Layer>& layers, const float* x,
                 const Batch& batch, float* y);
 
+// What turns the last layer's hidden states into logits.
+struct Head {
+    Norm norm;
+    const Weight* weight;
+};
+
+// logits [T, V] = norm(x) @ weight^T
+void run_head(const Ops& ops, const Head& head, const float* x, int tokens, float* logits);
+// The likeliest token of each row, the first of equals; -1 where a logit is not finite.
+std::vector<int64_t> likeliest(const Ops& ops, const Head& head, const float* x, int tokens);
+
 }  // namespace longspan

@@ -31,6 +31,7 @@ namespace {
 const Ops LONGSPAN_OPS{LONGSPAN_ISA::ISA_NAME,         Order::Values,
                        LONGSPAN_ISA::matmul,           LONGSPAN_ISA::embed_row,
                        LONGSPAN_ISA::rms_norm,         LONGSPAN_ISA::gated_silu,
-                       LONGSPAN_ISA::rotate_and_store, LONGSPAN_ISA::attention};
+                       LONGSPAN_ISA::rotate_and_store, LONGSPAN_ISA::attention,
+                       LONGSPAN_ISA::argmax};
 
 }  // namespace longspan

@@ -14,9 +14,9 @@ void matmul(const Ops& ops, const float* x, int tokens, const Weight& weight, co
     }
 }
 
-void embed(const Ops& ops, const Weight& weight, const int64_t* ids, int tokens, float* y) {
-    pool().run(tokens, [&](int t) {
-        int64_t row = ids[t];
+void embed(const Ops& ops, const Weight& weight, const std::vector<int64_t>& ids, float* y) {
+    pool().run(static_cast<int>(ids.size()), [&](int t) {
+        int64_t row = ids[static_cast<size_t>(t)];
         for (const Part& part : weight.parts()) {
             if (row < part.rows) {
                 ops.embed_row(part, static_cast<int>(row),

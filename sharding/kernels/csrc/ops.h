@@ -65,6 +65,8 @@ struct Ops {
     // above.
     void (*attention)(const float* q, const std::vector<Segment>& segments, const Pages& pages,
                       int window, const Weight* next, float* y);
+    // Where the largest of x[n] is, the first of equals; -1 unless all are finite.
+    int64_t (*argmax)(const float* x, int n);
 };
 
 extern const Ops AVX512_OPS, AVX2_OPS, PORTABLE_OPS;
@@ -75,6 +77,6 @@ const Ops& avx512_vnni_ops();
 void matmul(const Ops& ops, const float* x, int tokens, const Weight& weight, const Weight* next,
             const float* residual, float* y);
 // y[T, I] = rows ids[t] of the weight.
-void embed(const Ops& ops, const Weight& weight, const int64_t* ids, int tokens, float* y);
+void embed(const Ops& ops, const Weight& weight, const std::vector<int64_t>& ids, float* y);
 
 }  // namespace longspan

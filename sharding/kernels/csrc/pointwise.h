@@ -132,3 +132,33 @@ inline void rotate_and_store(const float* qkv, const Turn& turn, const Pages& pa
         }
     });
 }
+
+// The largest of a run of elements is sought lane by lane, then the run that has it, then the place.
+inline int64_t argmax(const float* x, int n) {
+    constexpr int RUN = 64 * LANES;
+    float best = -INFINITY;
+    int from = 0;
+    V poison = zero();  // NaN from the first NaN or infinity on
+    for (int start = 0; start < n; start += RUN) {
+        const int stop = std::min(n, start + RUN);
+        V most = splat(x[start]);
+        int i = start;
+        for (; i + LANES <= stop; i += LANES) {
+            const V a = load(x + i);
+            most = max(most, a);
+            poison = fma(a, zero(), poison);
+        }
+        if (i < stop) {
+            const V a = first(load_first(x + i, stop - i), stop - i, most);
+            most = max(most, a);
+            poison = fma(a, zero(), poison);
+        }
+        if (const float peak = largest(most); peak > best) {
+            best = peak;
+            from = start;
+        }
+    }
+    if (n == 0 || sum(poison) != 0.0f) return -1;
+    while (x[from] != best) ++from;
+    return from;
+}
