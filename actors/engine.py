@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Protocol
 
+from actors.cores import compute_first
 from actors.pipeline import Pipeline
 from actors.recovery import wait_before
 from actors.request import Event, GenerateRequest, Sink
@@ -162,6 +163,7 @@ class Engine:
 
     def _run(self) -> None:
         opening = self._source.open
+        compute_first()
         try:
             while (opened := self._open_with_patience(opening)) is not None:
                 self._attach(opened)

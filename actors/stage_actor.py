@@ -14,13 +14,14 @@ from dataclasses import dataclass
 
 import ray
 
+from actors.cores import compute_first
 from actors.local import describe_stage
 from actors.pipeline import serve_stage
 from actors.stats import StageStats
 from actors.transport import Address, Edge, Listener, connect
 from sharding.errors import PipelineError, StageError
 from sharding.gguf.reader import GGUFFile
-from sharding.kernels import use_threads
+from sharding.kernels import take_cores, use_threads
 from sharding.memory import available_bytes
 from sharding.stage import Stage
 from sharding.stage_spec import StageSpec
@@ -69,6 +70,7 @@ class StageActor:
 
         Raises `ModelFileError` (every node needs the file).
         """
+        compute_first()
         use_threads(threads, spec.kernels)
         with GGUFFile.open(spec.model) as file:
             self._stage = Stage(spec, file, self._report)
@@ -99,6 +101,8 @@ class StageActor:
     def _work(self, joint: Joint, downstream: Edge) -> None:
         stage, listener = self._stage, self._listener
         assert stage is not None and listener is not None, "joined before it listened"
+        compute_first()
+        take_cores(stage.spec.kernels)
         try:
             upstream = listener.accept(joint.secret, joint.epoch, JOIN_TIMEOUT_S)
             self._edges.append(upstream)

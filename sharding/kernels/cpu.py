@@ -7,6 +7,7 @@ and passes addresses. Weights stay quantised: 2% more bytes than the file has, a
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
 
 INSTRUCTION_SETS: tuple[str, ...] = tuple(_cpu.instruction_sets())
 """What this processor runs, fastest first; `portable` is always among them."""
+
+
+# What glibc's fixed set of cores holds.
+_MOST_CORES = 1024
 
 
 class CPUKernels:
@@ -265,3 +270,11 @@ def use_threads(threads: int) -> None:
     """Compute on so many threads of this process, at least one. Not while a kernel runs."""
     assert threads >= 1, threads
     _cpu.use_threads(threads)
+
+
+def take_cores() -> None:
+    """See `sharding.kernels.take_cores`."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) == _cpu.threads() <= _MOST_CORES:
+        os.sched_setaffinity(0, cores[:1])
+        _cpu.keep_to(cores)

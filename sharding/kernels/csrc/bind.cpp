@@ -175,6 +175,7 @@ NB_MODULE(_cpu, m) {
         },
         Release());
     m.def("threads", [] { return pool().threads(); });
+    m.def("keep_to", [](const std::vector<int>& cores) { pool().keep_to(cores); });
     nb::class_<Kernels> kernels(m, "Kernels");
     nb::class_<Weight>(m, "Weight")
         .def("__init__", [](Weight* self, int cols,

@@ -1,5 +1,10 @@
 #include "pool.h"
 
+#if defined(__linux__)
+#include <pthread.h>
+#include <sched.h>
+#endif
+
 #include <chrono>
 #include <utility>
 
@@ -29,6 +34,18 @@ Pool::~Pool() {
     job_.fetch_add(1);
     job_.notify_all();
     for (auto& worker : workers_) worker.join();
+}
+
+void Pool::keep_to(const std::vector<int>& cores) {
+#if defined(__linux__)
+    for (size_t t = 1; t < cores.size() && t <= workers_.size(); ++t) {
+        cpu_set_t own;
+        CPU_ZERO(&own);
+        CPU_SET(cores[t], &own);
+        // Refused where the core is gone by now: the worker then runs anywhere, as before.
+        pthread_setaffinity_np(workers_[t - 1].native_handle(), sizeof own, &own);
+    }
+#endif
 }
 
 void Pool::share(int n) {

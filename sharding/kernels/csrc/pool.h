@@ -25,6 +25,8 @@ class Pool {
     Pool& operator=(const Pool&) = delete;
 
     int threads() const { return threads_; }
+    // Worker t keeps to core cores[t] from now on; cores[0] is the caller's.
+    void keep_to(const std::vector<int>& cores);
     // Of n tasks a thread begins with [first(n, thread), first(n, thread + 1)).
     int first(int n, int thread) const {
         return static_cast<int>(static_cast<int64_t>(thread) * n / threads_);
