@@ -197,4 +197,5 @@ def decode(meta: bytes, messages: msgspec.msgpack.Decoder[Message]) -> Message:
     try:
         return messages.decode(meta)
     except msgspec.DecodeError as error:
-        raise ProtocolError(f"a frame's meta part is no {messages.type}: {error}") from error
+        wanted = messages.type.__name__
+        raise ProtocolError(f"a frame's meta part is no {wanted}: {error}") from error
