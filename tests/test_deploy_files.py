@@ -93,7 +93,8 @@ def test_the_cluster_names_nobody_s_machines(cluster: dict[str, Any]) -> None:
 
 
 def test_the_cluster_gets_all_that_an_installation_needs(cluster: dict[str, Any]) -> None:
-    """A package that is added to the project but not to `file_mounts` would be missing there."""
+    """A package that is added to the project but not to `file_mounts` would be missing there;
+    without setup.py the CPU kernels would."""
     mounts = {
         local: remote
         for remote, local in cluster["file_mounts"].items()
@@ -101,7 +102,7 @@ def test_the_cluster_gets_all_that_an_installation_needs(cluster: dict[str, Any]
     }
     assert all(remote == f"~/longspan/{local}" for local, remote in mounts.items())
     packages = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests", "bench"}
-    files = {"pyproject.toml", "constraints.txt", "README.md", "serve.yaml"}
+    files = {"pyproject.toml", "setup.py", "constraints.txt", "README.md", "serve.yaml"}
     assert set(mounts) == packages | files
 
 
