@@ -41,7 +41,7 @@ RAY_SETTINGS = {
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
     "REPORTER_UPDATE_INTERVAL_MS": "10000",
 }
-"""Environment of a cluster that is started here; `cluster.yaml` has its own."""
+"""Environment of a cluster that is started here; `cluster.yaml` says the same."""
 
 
 class Deployment:

@@ -16,6 +16,7 @@ import yaml
 from pydantic import PydanticDeprecatedSince20
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from serving.cluster import RAY_SETTINGS
 from serving.config import ServeConfig, load_config
 
 with warnings.catch_warnings():
@@ -123,7 +124,7 @@ def test_ray_starts_with_the_settings(cluster: dict[str, Any], role: str, tmp_pa
     bin_folder.mkdir(parents=True)
     (bin_folder / "activate").write_text(f'export PATH="{bin_folder}:$PATH"\n')
     ray = bin_folder / "ray"
-    ray.write_text('#!/bin/sh\necho "$@"\nenv | grep ^RAY_\n')
+    ray.write_text('#!/bin/sh\necho "$@"\nenv | grep -E "^(RAY|REPORTER)_"\n')
     ray.chmod(0o755)
     for command in cluster["setup_commands"]:
         if "longspan.env" in command:
@@ -135,7 +136,8 @@ def test_ray_starts_with_the_settings(cluster: dict[str, Any], role: str, tmp_pa
     assert said[0].startswith("start ")
     assert ("--head" in said[0]) == (role == "head")
     assert ("--address=192.0.2.10:6379" in said[0]) == (role == "worker")
-    assert {"RAY_AUTH_MODE=token", "RAY_worker_niceness=0"} <= set(said)
+    on_one_machine = {f"{name}={value}" for name, value in RAY_SETTINGS.items()}
+    assert {"RAY_AUTH_MODE=token"} | on_one_machine <= set(said)
     health = {line for line in said if line.startswith("RAY_health_check_")}
     assert health == {
         "RAY_health_check_initial_delay_ms=1000",
