@@ -94,6 +94,7 @@ def plan_limits(planned: ModelPlan, max_waiting: int) -> Limits:
         pages=planned.plan.kv_tokens // PAGE_SLOTS,
         in_flight=len(planned.plan.stages),
         max_waiting=max_waiting,
+        chunk=planned.chunk,
     )
 
 

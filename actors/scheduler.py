@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from actors.pages import PagePool
 from actors.request import LENGTH, STOP, Event, GenerateRequest, Sink
 from sharding.batch import (
-    MAX_CHUNK,
+    CHUNK,
     PAGE_SLOTS,
     Batch,
     Opened,
@@ -51,13 +51,14 @@ class _Running:
 
 @dataclass(frozen=True)
 class Limits:
-    """`context`: tokens of one request. `pages`: KV of all. `in_flight`: groups of decodes."""
+    """`context`: tokens of one request. `pages`: KV of all. `in_flight`: groups of decodes.
+    `chunk`: tokens of a step."""
 
     context: int
     pages: int
     in_flight: int
     max_waiting: int = 256
-    chunk: int = MAX_CHUNK
+    chunk: int = CHUNK
 
     @property
     def most_tokens(self) -> int:

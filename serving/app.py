@@ -58,7 +58,7 @@ class EngineReplica:
 
     def __init__(self, options: dict[str, Any]) -> None:
         config = load_config(options)
-        wanted = Wanted(config.context, config.kv_tokens, config.kernels)
+        wanted = Wanted(config.context, config.kv_tokens, config.kernels, config.chunk)
         placement = PlacementConfig(
             resolve_model(config.model), config.stages, wanted, config.threads, config.max_waiting
         )

@@ -17,7 +17,7 @@ from itertools import count
 
 from actors.pages import pages_for
 from actors.pipeline import Pipeline
-from sharding.batch import MAX_CHUNK, Batch, Opened, SamplingParams, Segment
+from sharding.batch import Batch, Opened, SamplingParams, Segment
 from sharding.errors import ConfigError, StageError
 
 _GREEDY = SamplingParams(temperature=0.0)
@@ -56,9 +56,10 @@ class BenchRow:
 class Bencher:
     """Runs cases over a pipeline that nobody else uses."""
 
-    def __init__(self, pipeline: Pipeline, vocab: int) -> None:
+    def __init__(self, pipeline: Pipeline, vocab: int, chunk: int) -> None:
         self._pipeline = pipeline
         self._vocab = vocab
+        self._chunk = chunk
         self._steps = count()
         self._requests = count(1)
         self._random = random.Random(0)
@@ -98,8 +99,8 @@ class Bencher:
             self._receive()
 
     def _chunks(self, request: int, start: int, stop: int) -> Iterator[Batch]:
-        for first in range(start, stop, MAX_CHUNK):
-            tokens = self._random.choices(range(self._vocab), k=min(MAX_CHUNK, stop - first))
+        for first in range(start, stop, self._chunk):
+            tokens = self._random.choices(range(self._vocab), k=min(self._chunk, stop - first))
             segment = Segment(request, first, tokens, sample=first + len(tokens) == stop)
             yield Batch(next(self._steps), segments=[segment])
 

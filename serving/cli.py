@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from serving.config import load_config
+from serving.config import MOST_CHUNK, load_config
 from serving.fetch import MODELS, resolve_model
 from serving.fetch import fetch as fetch_model
 from serving.show import bench_heading, bench_line, plan_record, plan_table
@@ -40,6 +40,14 @@ Stages = Annotated[int, typer.Option(min=1, help="Stages that the layers are div
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all cores.")]
 KernelSet = Annotated[
     str, typer.Option("--kernels", help="auto, cpu (compiled), reference or triton.")
+]
+Chunk = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=MOST_CHUNK,
+        help="Most tokens of a step; default: 512 on CPUs, 4096 on GPUs.",
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a line on stdout.")]
 KvDtype = Annotated[str, typer.Option(help="Type of the KV cache; fp16 is the only one yet.")]
@@ -85,18 +93,21 @@ def plan(
     model: Model,
     context: Annotated[int, typer.Option(min=1, help="Tokens of KV to reserve.")],
     device: Annotated[list[str], typer.Option(help="Memory of a stage's device, such as 24GiB.")],
+    kernels: KernelSet = "auto",
+    chunk: Chunk = None,
     kv_dtype: KvDtype = "fp16",
     as_json: AsJson = False,
 ) -> None:
     """Say whether a context fits, and which device would hold what."""
     _only_fp16(kv_dtype)
+    wanted = Wanted(context, context, _known_kernels(kernels), chunk)
     sizes = [parse_bytes(text) for text in device]
     devices = [Device(f"device {number}", size) for number, size in enumerate(sizes)]
     path = resolve_model(model, report=_say)
     _warn_untrained(path, context)
     with GGUFFile.open(path) as file:
         try:
-            planned = plan_model(file, devices, Wanted(context, context))
+            planned = plan_model(file, devices, wanted)
         except DoesNotFitError as error:
             if as_json:
                 refusal = {"fits": False, "max_context": error.max_context, "stages": []}
@@ -156,6 +167,7 @@ def serve(
     threads: Annotated[int | None, typer.Option(help="CPU threads of each stage.")] = None,
     model_name: Annotated[str | None, typer.Option(help="Name that clients ask for.")] = None,
     max_waiting: Annotated[int | None, typer.Option(help="Requests that may wait.")] = None,
+    chunk: Chunk = None,
     ingress_replicas: Annotated[int | None, typer.Option(help="HTTP processes.")] = None,
     kernels: KernelSet = "auto",
     address: Annotated[str | None, typer.Option(help="Ray cluster; default: a local one.")] = None,
@@ -174,6 +186,7 @@ def serve(
         "threads": threads,
         "model_name": model_name or (model if model in MODELS else None),
         "max_waiting": max_waiting,
+        "chunk": chunk,
         "ingress_replicas": ingress_replicas,
         "kernels": _known_kernels(kernels),
         "address": address,
@@ -193,6 +206,7 @@ def bench(
     stages: Stages = 1,
     threads: Threads = None,
     kernels: KernelSet = "auto",
+    chunk: Chunk = None,
     kv_dtype: KvDtype = "fp16",
     as_json: AsJson = False,
 ) -> None:
@@ -204,11 +218,11 @@ def bench(
     cases = bench_cases(*(_numbers(text) for text in (prompt, tokens, depths)))
     path = resolve_model(model, report=_say)
     room = max(case.context for case in cases)
-    wanted = Wanted(room, room, _known_kernels(kernels))
+    wanted = Wanted(room, room, _known_kernels(kernels), chunk)
     with LocalModel(path, stages, wanted, threads) as local:
         if not as_json:
             typer.echo(bench_heading())
-        bencher = Bencher(local.pipeline, local.vocab)
+        bencher = Bencher(local.pipeline, local.vocab, local.chunk)
         for case in cases:
             typer.echo(bench_line(bencher.run(case, runs), local, as_json))
 

@@ -25,6 +25,9 @@ from pydantic import (
 
 from sharding.errors import ConfigError
 
+MOST_CHUNK = 16384
+"""A step's hidden states must fit into a frame between stages."""
+
 
 class ServeConfig(BaseModel):
     """The options of one server: one model, one pipeline of stages, one HTTP API."""
@@ -65,13 +68,21 @@ class ServeConfig(BaseModel):
     max_waiting: int = Field(
         default=256, ge=1, description="Requests that may wait; one more is answered with 429"
     )
+    chunk: int | None = Field(
+        default=None,
+        ge=1,
+        le=MOST_CHUNK,
+        description="Most tokens of a step, prompt chunks and decoded tokens together; default: "
+        "512 on CPUs, 4096 on GPUs",
+    )
     ingress_replicas: int = Field(
         default=1, ge=1, le=256, description="Processes that speak HTTP and tokenise"
     )
-    kernels: Literal["auto", "cpu", "reference"] = Field(
+    kernels: Literal["auto", "cpu", "reference", "triton"] = Field(
         default="auto",
-        description="Kernel set that computes the stages: `cpu` is compiled, `reference` slow and "
-        "runs anywhere; `auto` takes the first that is built",
+        description="Kernel set that computes the stages: `triton` for NVIDIA GPUs, `cpu` is "
+        "compiled, `reference` slow and runs anywhere; `auto` takes GPUs if there are any, else "
+        "the first of the others that is built",
     )
     host: str = Field(
         default="127.0.0.1",

@@ -45,7 +45,7 @@ class LocalModel:
             planned = plan_model(file, devices, wanted)
             self.vocab = read_shape(file.metadata).vocab
             self.tokenizer = Tokenizer.from_metadata(file.metadata)
-        self.context, self.kernels = planned.context, planned.kernels
+        self.context, self.kernels, self.chunk = planned.context, planned.kernels, planned.chunk
         use_threads(self.threads, self.kernels)
         self._source = LocalStages(path, planned)
         self.engine = Engine(self._source)

@@ -14,8 +14,8 @@ import msgspec
 PAGE_SLOTS = 16
 """Slots of one page: the KV of 16 consecutive tokens of one request, in every layer."""
 
-MAX_CHUNK = 512
-"""The most tokens of one step: decode tokens and prompt chunks together."""
+CHUNK = 512
+"""Most tokens of one step, decode tokens and prompt chunks together, unless a plan has another."""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):

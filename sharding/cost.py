@@ -26,9 +26,9 @@ WORKSPACE_BYTES = 16 << 20
 """Bound on what attention holds beside its input and output: tiles of scores, keys and values. The
 reference needs 8 tokens x 256 slots x 4 bytes a head, a few times, at any depth."""
 
-GPU_WORKSPACE_BYTES = 640 << 20
-"""The same of the Triton kernels: 128 MiB of expanded weights, their product with a chunk before it
-is scaled, 256 MiB of a long prefix's keys and values, and what CUDA graphs keep."""
+_GPU_FIXED_BYTES = 640 << 20
+"""128 MiB of expanded weights, 256 MiB of a long prefix's keys and values, and as much for what
+CUDA graphs keep and for gaps."""
 
 LOGIT_ROWS = 64
 """Most rows of logits `[rows, vocab]` that the last stage computes at a time."""
@@ -77,6 +77,18 @@ def packed_resident(info: TensorInfo) -> int:
     unit_bytes = columns // format.block_elements * format.block_bytes
     unit_bytes += _UNPACKED_SCALE_BYTES.get(format.name, 0)
     return -(-info.rows // PANEL_ROWS) * PANEL_ROWS * -(-info.cols // columns) * unit_bytes
+
+
+def gpu_workspace_bytes(shape: ModelShape, chunk_tokens: int) -> int:
+    """What `WORKSPACE_BYTES` is for the CPU's kernels, of the Triton kernels.
+
+    Beside what is there for any chunk, per token: a product's input in FP16 and its output before
+    it is scaled; queries in FP16 and what they saw of a prefix.
+    """
+    widest_in = max(shape.hidden, shape.ffn, shape.q_features)
+    widest_out = max(shape.q_features + 2 * shape.kv_features, 2 * shape.ffn)
+    product = FP16_BYTES * widest_in + FP32_BYTES * widest_out
+    return _GPU_FIXED_BYTES + chunk_tokens * (product + 2 * FP16_BYTES * shape.q_features)
 
 
 Size = TypeVar("Size", bound=TensorSize)

@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 
+from sharding.batch import CHUNK
 from sharding.cost import (
-    GPU_WORKSPACE_BYTES,
     WORKSPACE_BYTES,
     fp32_resident,
+    gpu_workspace_bytes,
     model_costs,
     packed_resident,
 )
@@ -34,12 +35,16 @@ RESIDENT: dict[str, Callable[[TensorInfo], int]] = {
 }
 """What each kernel set keeps of a tensor. Here, not in the sets: planning must not import torch."""
 
+CHUNKS = {"cpu": CHUNK, "reference": CHUNK, "triton": 4096}
+"""Most tokens of a step where the user chose none. A GPU needs thousands to be busy; on a CPU they
+would only make others wait."""
+
 
 @dataclass(frozen=True)
 class ModelPlan:
     """A plan whose `plan.kv_tokens` serve requests of up to `context` tokens each.
 
-    `kernels`: the kernel set that it counts on, on every device.
+    `kernels`: the kernel set that it counts on, on every device. `chunk`: most tokens of a step.
     """
 
     plan: Plan
@@ -47,6 +52,7 @@ class ModelPlan:
     max_context: int
     train_context: int
     kernels: str
+    chunk: int
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,7 @@ class Wanted:
     context: int | None = None
     kv_tokens: int | None = None
     kernels: str = "auto"
+    chunk: int | None = None
 
 
 def choose_kernels(wanted: str) -> str:
@@ -74,9 +81,11 @@ def plan_model(file: GGUFFile, devices: Sequence[Device], wanted: Wanted) -> Mod
     """
     shape = read_shape(file.metadata)
     kernels = choose_kernels(wanted.kernels)
-    workspace_bytes = GPU_WORKSPACE_BYTES if kernels == "triton" else WORKSPACE_BYTES
+    chunk = wanted.chunk or CHUNKS[kernels]
+    on_gpu = kernels == "triton"
+    workspace_bytes = gpu_workspace_bytes(shape, chunk) if on_gpu else WORKSPACE_BYTES
     costs = model_costs(shape, file.tensors, RESIDENT[kernels], workspace_bytes)
-    largest = largest_context(costs, devices)
+    largest = largest_context(costs, devices, chunk)
     context = wanted.context or max(1, min(shape.train_context, largest))
     kv_tokens = wanted.kv_tokens or max(context, min(largest, CONTEXTS_HELD * context))
     if kv_tokens < context:
@@ -84,5 +93,5 @@ def plan_model(file: GGUFFile, devices: Sequence[Device], wanted: Wanted) -> Mod
             f"kv_tokens of {kv_tokens} cannot hold one context of {context}; "
             "raise it or lower the context"
         )
-    plan = make_plan(costs, devices, kv_tokens)
-    return ModelPlan(plan, context, largest, shape.train_context, kernels)
+    plan = make_plan(costs, devices, kv_tokens, chunk)
+    return ModelPlan(plan, context, largest, shape.train_context, kernels, chunk)

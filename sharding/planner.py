@@ -13,7 +13,7 @@ from decimal import Decimal
 from functools import cache
 from math import lcm
 
-from sharding.batch import MAX_CHUNK, PAGE_SLOTS
+from sharding.batch import CHUNK, PAGE_SLOTS
 from sharding.cost import ModelCosts, activation_bytes, buffer_bytes
 from sharding.errors import ConfigError, DoesNotFitError
 
@@ -73,7 +73,7 @@ def make_plan(
     costs: ModelCosts,
     devices: Sequence[Device],
     kv_tokens: int,
-    chunk_tokens: int = MAX_CHUNK,
+    chunk_tokens: int = CHUNK,
 ) -> Plan:
     """Cut the layers into one stage per device, in the given order, so that the fullest device is
     as empty as it can be (the largest `total_bytes / free_bytes` is least).
@@ -93,9 +93,7 @@ def make_plan(
     return plan
 
 
-def largest_context(
-    costs: ModelCosts, devices: Sequence[Device], chunk_tokens: int = MAX_CHUNK
-) -> int:
+def largest_context(costs: ModelCosts, devices: Sequence[Device], chunk_tokens: int = CHUNK) -> int:
     """Most tokens of KV that any split over these devices holds, in whole pages; 0 if not a page.
 
     Exact: bytes grow with every page on every stage, so bisection over pages finds the border.

@@ -60,10 +60,12 @@ def chunked_logits(
     return torch.cat(found)
 
 
-def local_engine(file: GGUFFile, stages: int = 2, context: int = 256, kv: int = 2048) -> Engine:
+def local_engine(
+    file: GGUFFile, stages: int = 2, context: int = 256, kv: int = 2048, chunk: int | None = None
+) -> Engine:
     """A started engine over stages of this process."""
     devices = [Device(f"part {number}", 1 << 40) for number in range(stages)]
-    planned = plan_model(file, devices, Wanted(context, kv))
+    planned = plan_model(file, devices, Wanted(context, kv, chunk=chunk))
     engine = Engine(LocalStages(file, planned))
     engine.start()
     engine.wait_ready()

@@ -63,11 +63,16 @@ def test_the_same_seed_draws_the_same_and_another_seed_does_not(engine: Engine) 
     assert draw(1) != draw(2)
 
 
-def test_a_prompt_of_several_chunks_reports_its_progress() -> None:
+@pytest.mark.parametrize(
+    ("chunk", "steps"), [(None, [0, 512, 1024, 1200]), (700, [0, 700, 1200]), (1200, [0, 1200])]
+)
+def test_a_prompt_of_several_chunks_reports_its_progress(
+    chunk: int | None, steps: list[int]
+) -> None:
     file = GGUFFile.from_bytes(tiny_llama(context=2048))
-    with closing(local_engine(file, context=2048, kv=4096)) as engine:
+    with closing(local_engine(file, context=2048, kv=4096, chunk=chunk)) as engine:
         events = list(engine.generate(GenerateRequest("p", [5] * 1200, 2, GREEDY)))
-        assert [event.prompt_done for event in events[:4]] == [0, 512, 1024, 1200]
+        assert [event.prompt_done for event in events[: len(steps)]] == steps
 
 
 def test_cancel_frees_the_pages_on_every_stage(engine: Engine) -> None:

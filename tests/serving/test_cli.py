@@ -61,6 +61,19 @@ def test_a_plan_that_does_not_fit_says_what_would(model: Path) -> None:
     assert again.returncode == 0
 
 
+def test_a_plan_for_gpus_reserves_what_their_chunks_need(model: Path) -> None:
+    """A chunk of thousands of tokens takes memory that a plan for 512 would have given to KV."""
+    context = ("--context", 512, "--device", "4GiB", "--json")
+    work = {}
+    for kernels, chunk in (("cpu", 512), ("triton", 512), ("triton", 4096)):
+        asked = longspan("plan", model, *context, "--kernels", kernels, "--chunk", chunk)
+        work[kernels, chunk] = json.loads(asked.stdout)["stages"][0]["activation_bytes"]
+    assert work["cpu", 512] < work["triton", 512] < work["triton", 4096]
+    default = longspan("plan", model, *context, "--kernels", "triton")
+    stage = json.loads(default.stdout)["stages"][0]
+    assert stage["activation_bytes"] == work["triton", 4096]
+
+
 def test_planning_loads_neither_torch_nor_ray(model: Path) -> None:
     """`longspan plan` must answer at once."""
     code = (

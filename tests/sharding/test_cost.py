@@ -11,6 +11,7 @@ from sharding.cost import (
     activation_bytes,
     buffer_bytes,
     fp32_resident,
+    gpu_workspace_bytes,
     model_costs,
 )
 from sharding.errors import CorruptFileError
@@ -172,3 +173,10 @@ def test_the_last_stage_pays_for_logits_of_64_rows_at_most() -> None:
 def test_buffers_hold_a_chunk_in_and_a_chunk_out() -> None:
     """Float32 [512, 4096] twice."""
     assert buffer_bytes(LLAMA_7B, 512) == 2 * 512 * 4096 * 4
+
+
+def test_a_gpu_s_workspace_by_hand() -> None:
+    """A token of Llama-2-7B: FP16 inputs of 11008, float32 products of 22016 outputs, FP16 queries
+    and what they saw of a prefix, of 4096 each; beside 640 MiB for any chunk."""
+    per_token = 2 * 11008 + 4 * 22016 + 2 * 2 * 4096
+    assert gpu_workspace_bytes(LLAMA_7B, 4096) == (640 << 20) + 4096 * per_token
