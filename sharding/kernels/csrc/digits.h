@@ -14,8 +14,9 @@
 // sums become floats, put together and scaled, by additions alone, which do not wait for the units
 // that multiply.
 //
-// All numbers of tokens take the same way: decoding a step is three instructions at most, which
-// hide behind the products.
+// All numbers of tokens take the same way, and the same bits come of it: a few decode values as they
+// stream from memory, three instructions a step at most; many have panels opened first, once for all
+// of them (OpenPanels).
 
 constexpr int STEPS = CHUNK / STEP;
 constexpr int DIGITS = 3;
@@ -151,65 +152,144 @@ inline __m512i load_byte_table() {
     return _mm512_loadu_si512(bytes);
 }
 
-// One token's finished group: sums of digits become floats and meet the group's scale and minimum.
+// Where `stream` takes values, scales and minima of PANELS panels from, chunk by chunk: here from
+// the weight as it is packed.
+template <Layout F, int PANELS_>
+struct PackedPanels {
+    static constexpr int PANELS = PANELS_, CHUNKS = F.chunks, GROUPS = F.groups;
+    static constexpr bool MINIMA = F.has_minimum();
+
+    const uint8_t* unit;
+    size_t unit_stride;
+    bool cold;  // it comes from memory
+    __m512i table = load_byte_table();
+
+    inline __attribute__((always_inline)) void begin(int c) const {
+        if (cold) prefetch_share<F, PANELS>(unit, c);
+    }
+    template <int S>
+    inline __attribute__((always_inline)) __m512i values(int p, int c) const {
+        return step<F, S>(unit + p * F.unit_bytes() + c * F.chunk_bytes(), table);
+    }
+    inline __attribute__((always_inline)) V scale_of(int p, int group) const {
+        return scale<F>(unit + p * F.unit_bytes(), group);
+    }
+    inline __attribute__((always_inline)) V minimum_of(int p, int group) const {
+        return minimum<F>(unit + p * F.unit_bytes(), group);
+    }
+    void next_unit() { unit += unit_stride; }
+};
+
+// The same, opened: values take a byte each, scales and minima are float32. A few tiles of tokens
+// pay for that, as 512-bit instructions of any kind share two units on Intel's processors: decoding
+// and scaling were a third of all that a tile of Q6_K did there.
+template <int PANELS_, int GROUPS_, bool MINIMA_>
+struct OpenPanels {
+    static constexpr int PANELS = PANELS_, CHUNKS = 1, GROUPS = GROUPS_;
+    static constexpr bool MINIMA = MINIMA_;
+    static constexpr int SCALES_AT = CHUNK * LANES, MINIMA_AT = SCALES_AT + GROUPS * LANES * 4;
+    static constexpr int BYTES = MINIMA_AT + MINIMA * GROUPS * LANES * 4;  // of a panel's chunk
+
+    const uint8_t* unit;
+
+    void begin(int) const {}
+    template <int S>
+    inline __attribute__((always_inline)) __m512i values(int p, int) const {
+        return _mm512_load_si512(unit + p * BYTES + S * 64);
+    }
+    inline __attribute__((always_inline)) V scale_of(int p, int group) const {
+        return floats(p, SCALES_AT, group);
+    }
+    inline __attribute__((always_inline)) V minimum_of(int p, int group) const {
+        return floats(p, MINIMA_AT, group);
+    }
+    inline __attribute__((always_inline)) V floats(int p, int at, int group) const {
+        return load(reinterpret_cast<const float*>(unit + p * BYTES + at) + group * LANES);
+    }
+    void next_unit() { unit += PANELS * BYTES; }
+};
+
 template <Layout F, int PANELS>
-inline __attribute__((always_inline)) void close_group(const uint8_t* base, int group,
-                                                       const __m512i (&a)[PANELS][DIGITS],
-                                                       const int32_t* sums, const float* anchors,
-                                                       V (&y)[PANELS]) {
-    for (int p = 0; p < PANELS; ++p) {
-        const uint8_t* unit = base + p * F.unit_bytes();
-        const auto value = [&](int d) {
-            return sub({_mm512_castsi512_ps(a[p][d])}, splat(anchors[d]));
-        };
-        const V v = add(value(2), add(value(1), value(0)));
-        y[p] = fma(scale<F>(unit, group), v, y[p]);
-        if constexpr (F.has_minimum()) {
-            float x_sum;
-            std::memcpy(&x_sum, sums + DIGITS, sizeof x_sum);
-            y[p] = fma(minimum<F>(unit, group), splat(x_sum), y[p]);
+using OpenPanelsOf = OpenPanels<PANELS, F.groups, F.has_minimum()>;
+
+// Writes panels as `OpenPanels` reads them.
+template <Layout F, int PANELS>
+__attribute__((noinline)) void open(PackedPanels<F, PANELS> from, int units, uint8_t* to) {
+    using Open = OpenPanelsOf<F, PANELS>;
+    for (int u = 0; u < units; ++u, from.next_unit()) {
+        for (int c = 0; c < F.chunks; ++c) {
+            from.begin(c);
+            for (int p = 0; p < PANELS; ++p, to += Open::BYTES) {
+                unrolled<0, STEPS>([&]<int S>() __attribute__((always_inline)) {
+                    _mm512_store_si512(to + S * 64, from.template values<S>(p, c));
+                });
+                const auto put = [&](int at, int g, V value) {
+                    store(reinterpret_cast<float*>(to + at) + g * LANES, value);
+                };
+                for (int g = 0; g < F.groups; ++g) {
+                    put(Open::SCALES_AT, g, from.scale_of(p, c * F.groups + g));
+                    if constexpr (Open::MINIMA)
+                        put(Open::MINIMA_AT, g, from.minimum_of(p, c * F.groups + g));
+                }
+            }
         }
     }
 }
 
-// The sums of PANELS x TOKENS over all columns. `cold`: the weights come from memory.
-template <Layout F, int PANELS, int TOKENS>
-__attribute__((noinline)) void stream(const uint8_t* base, size_t unit_stride, int units, bool cold,
-                                      const Prepared& x, const Target& target, int token, int row) {
-    constexpr int steps = STEPS / F.groups;
-    const __m512i table = load_byte_table();
+// One token's finished group: sums of digits become floats and meet the group's scale and minimum.
+template <class Panels>
+inline __attribute__((always_inline)) void close_group(const Panels& w, int group,
+                                                       const __m512i (&a)[Panels::PANELS][DIGITS],
+                                                       const int32_t* sums, const float* anchors,
+                                                       V (&y)[Panels::PANELS]) {
+    for (int p = 0; p < Panels::PANELS; ++p) {
+        const auto value = [&](int d) {
+            return sub({_mm512_castsi512_ps(a[p][d])}, splat(anchors[d]));
+        };
+        const V v = add(value(2), add(value(1), value(0)));
+        y[p] = fma(w.scale_of(p, group), v, y[p]);
+        if constexpr (Panels::MINIMA) {
+            float x_sum;
+            std::memcpy(&x_sum, sums + DIGITS, sizeof x_sum);
+            y[p] = fma(w.minimum_of(p, group), splat(x_sum), y[p]);
+        }
+    }
+}
+
+// The sums of panels x TOKENS over all columns.
+template <int TOKENS, class Panels>
+__attribute__((noinline)) void stream(Panels w, int units, const Prepared& x, const Target& target,
+                                      int token, int row) {
+    constexpr int PANELS = Panels::PANELS, GROUPS = Panels::GROUPS, steps = STEPS / GROUPS;
     V y[TOKENS][PANELS];
     for (int t = 0; t < TOKENS; ++t)
         for (int p = 0; p < PANELS; ++p) y[t][p] = zero();
     const int32_t *digits = x.digits, *sums = x.sums;
     const float* anchors = x.anchors;
-    for (int u = 0; u < units; ++u, base += unit_stride) {
-        for (int c = 0; c < F.chunks; ++c) {
-            const uint8_t* chunk[PANELS];
-            for (int p = 0; p < PANELS; ++p)
-                chunk[p] = base + p * F.unit_bytes() + c * F.chunk_bytes();
-            if (cold) prefetch_share<F, PANELS>(base, c);
-            unrolled<0, F.groups>([&]<int G>() __attribute__((always_inline)) {
+    for (int u = 0; u < units; ++u, w.next_unit()) {
+        for (int c = 0; c < Panels::CHUNKS; ++c) {
+            w.begin(c);
+            unrolled<0, GROUPS>([&]<int G>() __attribute__((always_inline)) {
                 __m512i a[TOKENS][PANELS][DIGITS];
                 for (int t = 0; t < TOKENS; ++t)
                     for (int p = 0; p < PANELS; ++p)
                         for (int d = 0; d < DIGITS; ++d)
                             a[t][p][d] = _mm512_set1_epi32(sums[t * 4 + d]);
                 unrolled<G * steps, steps>([&]<int S>() __attribute__((always_inline)) {
-                    __m512i w[PANELS];
-                    for (int p = 0; p < PANELS; ++p) w[p] = step<F, S>(chunk[p], table);
+                    __m512i v[PANELS];
+                    for (int p = 0; p < PANELS; ++p) v[p] = w.template values<S>(p, c);
                     for (int t = 0; t < TOKENS; ++t) {
                         for (int d = 0; d < DIGITS; ++d) {
                             const __m512i digit =
                                 _mm512_set1_epi32(digits[(S * TOKENS + t) * 4 + d]);
                             for (int p = 0; p < PANELS; ++p)
-                                a[t][p][d] = _mm512_dpbusd_epi32(a[t][p][d], w[p], digit);
+                                a[t][p][d] = _mm512_dpbusd_epi32(a[t][p][d], v[p], digit);
                         }
                         // Not after the other tokens' last products but between them: additions
                         // and products run side by side, and a processor does not look far ahead.
                         if constexpr (S == G * steps + steps - 1)
-                            close_group<F>(base, c * F.groups + G, a[t], sums + t * 4,
-                                           anchors + t * DIGITS, y[t]);
+                            close_group(w, c * GROUPS + G, a[t], sums + t * 4,
+                                        anchors + t * DIGITS, y[t]);
                     }
                 });
                 sums += 4 * TOKENS;
@@ -227,32 +307,74 @@ __attribute__((noinline)) void stream(const uint8_t* base, size_t unit_stride, i
 
 constexpr int tile_for(int tokens) { return tokens >= 3 ? 4 : tokens; }
 
-// A block of panels against tiles [begin, end) of tokens.
+// Tiles of tokens from which opening panels pays.
+constexpr int OPEN_TILES = 8;
+// Most bytes of opened panels at a time: half of a small second-level cache.
+constexpr int OPEN_BYTES = 1 << 19;
+
+// Blocks of panels [first, last) of a part against tiles [begin, end) of tokens.
 template <Layout F>
-inline void meet(const Part& part, int block, int begin, int end, const Prepared& x,
-                 const Target& target) {
-    const int chunks = part.padded_cols() / CHUNK, panel = block * part.block_panels();
-    for (int i = begin; i < end; ++i) {
-        const size_t before = static_cast<size_t>(i) * TILE * chunks;
+struct Meeting {
+    const Part& part;
+    int first, last, begin, end;
+    const Prepared& x;
+    const Target& target;
+
+    bool opens() const { return end - begin >= OPEN_TILES; }
+
+    // Packed blocks, one after the other: the weights are what comes from memory.
+    void packed() const {
+        for (int block = first; block < last; ++block)
+            with_panels(block, [&]<int PANELS>(int panel) {
+                auto w = panels<PANELS>(panel);
+                for (int i = begin; i < end; ++i, w.cold = false) tile(i, panel, w, part.units());
+            });
+    }
+
+    // Opened blocks, all for each tile: the digits of many tokens are more than a cache holds.
+    void opened() const {
+        static thread_local Scratch<uint8_t> scratch;
+        const int chunks = part.padded_cols() / CHUNK;
+        const size_t bytes = static_cast<size_t>(chunks) * 2 * OpenPanelsOf<F, 2>::BYTES;
+        uint8_t* to = scratch.at_least(bytes * (last - first));
+        for (int block = first; block < last; ++block)
+            with_panels(block, [&]<int PANELS>(int panel) {
+                open(panels<PANELS>(panel), part.units(), to + bytes * (block - first));
+            });
+        for (int i = begin; i < end; ++i)
+            for (int block = first; block < last; ++block)
+                with_panels(block, [&]<int PANELS>(int panel) {
+                    tile(i, panel, OpenPanelsOf<F, PANELS>{to + bytes * (block - first)}, chunks);
+                });
+    }
+
+  private:
+    // Calls use.operator()<PANELS>(first panel): the last block of a part may have one panel less.
+    template <class Use>
+    void with_panels(int block, const Use& use) const {
+        const int panel = block * part.block_panels();
+        if (panel + 1 < part.panels()) use.template operator()<2>(panel);
+        else use.template operator()<1>(panel);
+    }
+
+    template <int PANELS>
+    PackedPanels<F, PANELS> panels(int panel) const {
+        return {part.panel(panel), part.unit_stride(panel), true};
+    }
+
+    template <class Panels>
+    void tile(int i, int panel, const Panels& w, int units) const {
+        const size_t before = static_cast<size_t>(i) * TILE * (part.padded_cols() / CHUNK);
         const Prepared some{x.digits + before * STEPS * 4, x.sums + before * F.groups * 4,
                             x.anchors + before * DIGITS};
-        const auto run = [&]<int PANELS, int TOKENS>() {
-            stream<F, PANELS, TOKENS>(part.panel(panel), part.unit_stride(panel), part.units(),
-                                      i == begin, some, target, i * TILE, panel * LANES);
-        };
-        const bool pair = panel + 1 < part.panels();
-        switch (tile_for(std::min(TILE, target.tokens - i * TILE))) {
-            case 1:
-                pair ? run.template operator()<2, 1>() : run.template operator()<1, 1>();
-                break;
-            case 2:
-                pair ? run.template operator()<2, 2>() : run.template operator()<1, 2>();
-                break;
-            default:
-                pair ? run.template operator()<2, 4>() : run.template operator()<1, 4>();
+        const int token = i * TILE, row = panel * LANES;
+        switch (tile_for(std::min(TILE, target.tokens - token))) {
+            case 1: stream<1>(w, units, some, target, token, row); break;
+            case 2: stream<2>(w, units, some, target, token, row); break;
+            default: stream<TILE>(w, units, some, target, token, row);
         }
     }
-}
+};
 
 template <Layout F>
 inline Prepared prepare(const float* x, const Part& part, int tokens, Scratch<int32_t>& scratch) {
@@ -286,19 +408,21 @@ inline void matmul_in(const float* x, const Part& part, const Weight* next, cons
                       Scratch<int32_t>& scratch) {
     const Prepared prepared = prepare<F>(x, part, target.tokens, scratch);
     const int tiles = (target.tokens + TILE - 1) / TILE, blocks = part.blocks();
-    if (tiles == 1) {
-        pool().run(blocks, [&](int block) {
-            prefetch_borders(part, next, block);
-            meet<F>(part, block, 0, 1, prepared, target);
-        });
-        return;
-    }
+    const int wanted = 4 * pool().threads();  // tasks, so that no thread waits for long
     // Few rows on many cores: the tokens are cut too.
-    const int slabs = std::clamp(4 * pool().threads() / blocks, 1, tiles);
-    pool().run(blocks * slabs, [&](int task) {
-        const int slab = task % slabs;
-        meet<F>(part, task / slabs, tiles * slab / slabs, tiles * (slab + 1) / slabs, prepared,
-                target);
+    const int slabs = tiles == 1 ? 1 : std::clamp(wanted / blocks, 1, tiles);
+    const int block_bytes = part.padded_cols() / CHUNK * 2 * OpenPanelsOf<F, 2>::BYTES;
+    const int at_once = tiles / slabs < OPEN_TILES
+                            ? 1
+                            : std::clamp(blocks / wanted, 1, std::max(1, OPEN_BYTES / block_bytes));
+    const int runs = (blocks + at_once - 1) / at_once;
+    pool().run(runs * slabs, [&](int task) {
+        const int slab = task % slabs, first = task / slabs * at_once;
+        const Meeting<F> some{part, first, std::min(blocks, first + at_once), tiles * slab / slabs,
+                              tiles * (slab + 1) / slabs, prepared, target};
+        if (some.opens()) return some.opened();
+        if (tiles == 1) prefetch_borders(part, next, first);
+        some.packed();
     });
 }
 
