@@ -14,9 +14,9 @@
 // sums become floats, put together and scaled, by additions alone, which do not wait for the units
 // that multiply.
 //
-// All numbers of tokens take the same way, and the same bits come of it: a few decode values as they
-// stream from memory, three instructions a step at most; many have panels opened first, once for all
-// of them (OpenPanels).
+// All numbers of tokens take the same way, and the same bits come of it: a few decode values as
+// they stream from memory, three instructions a step at most; many have panels opened first, once
+// for all of them (OpenPanels).
 
 constexpr int STEPS = CHUNK / STEP;
 constexpr int DIGITS = 3;
