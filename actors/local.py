@@ -69,7 +69,7 @@ class LocalStages:
     def stats(self) -> list[StageStats]:
         """What each stage holds."""
         return [
-            describe_stage(number, stage, "this process", "cpu")
+            describe_stage(number, stage, "this process", stage.kernels.device.type)
             for number, stage in enumerate(self.stages)
         ]
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 import msgspec
 
 from sharding.batch import Batch, Result
-from sharding.errors import ProtocolError, StageError
+from sharding.errors import DeviceLostError, ProtocolError, StageError
 
 if TYPE_CHECKING:
     import torch
@@ -175,7 +175,8 @@ def serve_stage(stage: Stage, upstream: Edge, downstream: Edge) -> None:
     """Work for the pipeline until an edge ends: then close the other, so that all neighbours learn
     of it.
 
-    Raises `PipelineError`; it never returns.
+    Raises `PipelineError`, of which `DeviceLostError` says that this process is of no use any more;
+    it never returns.
     """
     try:
         while True:
@@ -184,6 +185,8 @@ def serve_stage(stage: Stage, upstream: Edge, downstream: Edge) -> None:
             hidden, passed = forward_envelope(stage, envelope, frame.hidden)
             kind = RESULT if isinstance(passed, Result) else ENVELOPE
             downstream.send(kind, frame.step, _encode(passed), hidden)
+            if stage.lost:  # after its requests were told why
+                raise DeviceLostError("the stage's device failed")
     finally:
         upstream.close()
         downstream.close()

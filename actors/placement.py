@@ -8,10 +8,10 @@ ours here.
 from __future__ import annotations
 
 import contextlib
+import logging
 import secrets
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from actors.engine import ReadyPipeline
 from actors.local import plan_limits, stage_specs
 from actors.pipeline import SocketPipeline
 from actors.recovery import plan_repair
-from actors.stage_actor import JOIN_TIMEOUT_S, Joint, NodeFacts, RemoteStage
+from actors.shares import Machine, NodeFacts, Share, devices_of, share_of, threads_of
+from actors.stage_actor import JOIN_TIMEOUT_S, Joint, RemoteStage
 from actors.stats import StageStats
 from actors.transport import Listener, connect
 from sharding.errors import (
@@ -37,8 +38,8 @@ from sharding.errors import (
     UnavailableError,
 )
 from sharding.gguf.reader import GGUFFile
+from sharding.kernels import built_for_gpus, cpu_kernels
 from sharding.model_plan import ModelPlan, Wanted, plan_model
-from sharding.planner import Device
 from sharding.stage_spec import StageSpec
 
 _PLACE_TIMEOUT_S = 60.0
@@ -46,9 +47,7 @@ _CALL_TIMEOUT_S = 60.0
 _PING_TIMEOUT_S = 5.0
 _POLL_S = 0.2
 
-# Share of a node's free memory that stages may plan with: the rest is for Ray, Serve and the
-# system.
-_MEMORY_SHARE = 0.8
+log = logging.getLogger("longspan.placement")
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ class RayStages:
         self._facts: list[NodeFacts] = []
         self._specs: list[StageSpec] = []
         self._plan: ModelPlan | None = None
-        self._cpus: float = 1
+        self._share = Share(1)
         self._closed = False
 
     def open(self, report: Callable[[float, str], None]) -> ReadyPipeline:
@@ -81,15 +80,21 @@ class RayStages:
         self._release()
         config = self._config
         report(0.0, f"placing {config.stages} stages")
-        share = cpus_per_stage(_cpus_per_node(), config.stages)
+        machines = _machines()
+        kernels = _choose(config.wanted.kernels, machines)
+        on_gpus = kernels == "triton"
+        share = share_of(machines, config.stages, on_gpus)
         # More threads than cores is a choice, not a reservation that could find no place.
-        self._cpus = min(share, config.threads or share)
-        self._group = _place(config.stages, self._cpus)
+        self._share = replace(share, cpus=min(share.cpus, config.threads or share.cpus))
+        self._group = _place(config.stages, self._share)
         self._check_open()
         self._actors = [self._start(stage) for stage in range(config.stages)]
-        self._facts = _get([actor.facts.remote() for actor in self._actors], "asking the nodes")
+        self._facts = self._ask_all(kernels)
+        if on_gpus:  # again: every process that looked at its GPU has taken some of it by now
+            self._facts = self._ask_all(kernels)
         with GGUFFile.open(config.model) as file:
-            self._plan = plan_model(file, devices_of(self._facts), config.wanted)
+            wanted = replace(config.wanted, kernels=kernels)
+            self._plan = plan_model(file, devices_of(self._facts), wanted)
         self._specs = stage_specs(str(config.model), self._plan)
         self._load(range(config.stages), report)
         return self._join(0)
@@ -101,19 +106,24 @@ class RayStages:
         repair = plan_repair(self._epoch, _end_the_silent(self._actors))
         for stage in repair.replace:
             self._actors[stage] = self._start(stage)
-            facts = _get([self._actors[stage].facts.remote()], f"asking stage {stage}")
+            asked = self._actors[stage].facts.remote(self._specs[stage].kernels)
+            facts = _get([asked], f"asking stage {stage}")
             self._facts[stage] = facts[0]
         self._load(repair.replace, report)
         return self._join(repair.epoch)
 
     def _start(self, stage: int) -> ActorHandle:
         options = RemoteStage.options(
-            num_cpus=self._cpus,
+            num_cpus=self._share.cpus,
+            num_gpus=self._share.gpus,
             scheduling_strategy=PlacementGroupSchedulingStrategy(
                 self._group, placement_group_bundle_index=stage
             ),
         )
         return options.remote(stage)
+
+    def _ask_all(self, kernels: str) -> list[NodeFacts]:
+        return _get([actor.facts.remote(kernels) for actor in self._actors], "asking the nodes")
 
     def _check_open(self) -> None:
         if self._closed:
@@ -124,7 +134,7 @@ class RayStages:
         threads = self._config.threads
         pending = [
             self._actors[stage].load.remote(
-                self._specs[stage], threads or threads_of(self._facts, self._cpus, stage)
+                self._specs[stage], threads or threads_of(self._facts, self._share.cpus, stage)
             )
             for stage in stages
         ]
@@ -194,50 +204,38 @@ class RayStages:
             self._group = None
 
 
-def cpus_per_stage(cpus_per_node: Sequence[int], stages: int) -> float:
-    """The most cores for each stage so that all find room, none across nodes.
-
-    A fraction such as 1/2 where cores are fewer than stages: they then share them.
-    """
-    whole = range(max(cpus_per_node, default=1), 0, -1)
-    candidates: list[float] = [*whole, *(1 / sharing for sharing in range(2, stages + 1))]
-    for cpus in candidates:
-        if sum(int(node / cpus) for node in cpus_per_node) >= stages:
-            return cpus
-    return 1 / stages
+def _machines() -> list[Machine]:
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [Machine(int(has.get("CPU", 0)), int(has.get("GPU", 0))) for has in alive]
 
 
-def threads_of(facts: Sequence[NodeFacts], cpus: float, stage: int) -> int:
-    """Threads of a stage: the cores that the pipeline's stages on its node reserved, together.
-
-    One request has its stages work in turn, so each should have all of them then. When they work
-    at once, they share: a kernel never waits for a thread that found no core.
-    """
-    node = facts[stage].node_id
-    return max(1, int(cpus * sum(fact.node_id == node for fact in facts) + 1e-6))
-
-
-def devices_of(facts: Sequence[NodeFacts]) -> list[Device]:
-    """Each stage's device: an equal part of the memory that is free on its node."""
-    sharing = Counter(fact.node_id for fact in facts)
-    return [
-        Device(f"cpu on {fact.host}", int(fact.free_bytes * _MEMORY_SHARE) // sharing[fact.node_id])
-        for fact in facts
-    ]
+def _choose(kernels: str, machines: Sequence[Machine]) -> str:
+    """ "auto" is GPUs if there are any: those of the cluster, not of this process."""
+    if kernels != "auto":
+        return kernels
+    gpus = sum(machine.gpus for machine in machines)
+    if gpus and built_for_gpus():
+        return "triton"
+    if gpus:
+        log.warning(
+            "the cluster has %d GPUs, but torch was installed without CUDA: stages compute on CPUs",
+            gpus,
+        )
+    return cpu_kernels()
 
 
-def _cpus_per_node() -> list[int]:
-    return [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-
-
-def _place(stages: int, cpus: float) -> PlacementGroup:
-    group = placement_group([{"CPU": cpus}] * stages, strategy="PACK")
+def _place(stages: int, share: Share) -> PlacementGroup:
+    wanted = {"CPU": share.cpus, "GPU": share.gpus}
+    bundle = {name: amount for name, amount in wanted.items() if amount}
+    group = placement_group([bundle] * stages, strategy="PACK")
     if not group.wait(_PLACE_TIMEOUT_S):
         remove_placement_group(group)
-        free = ray.available_resources().get("CPU", 0)
+        there = ray.available_resources()
+        needed = " and ".join(f"{amount:g} {name}s" for name, amount in bundle.items())
+        free = " and ".join(f"{there.get(name, 0):g} {name}s" for name in bundle)
         raise DoesNotFitError(
-            f"{stages} stages of {cpus:g} CPUs each found no place in {_PLACE_TIMEOUT_S:.0f} s: "
-            f"{free:.0f} CPUs are free; use fewer --stages or --threads, or add nodes",
+            f"{stages} stages of {needed} each found no place in {_PLACE_TIMEOUT_S:.0f} s: "
+            f"{free} are free; use fewer --stages or --threads, or add nodes",
             max_context=0,
         )
     return group

@@ -10,34 +10,25 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ray
 
 from actors.cores import compute_first
 from actors.local import describe_stage
 from actors.pipeline import serve_stage
+from actors.shares import NodeFacts
 from actors.stats import StageStats
 from actors.transport import Address, Edge, Listener, connect
-from sharding.errors import PipelineError, StageError
+from sharding.errors import DeviceLostError, PipelineError, StageError
 from sharding.gguf.reader import GGUFFile
-from sharding.kernels import take_cores, use_threads
-from sharding.memory import available_bytes
+from sharding.kernels import device_facts, take_cores, use_threads
 from sharding.stage import Stage
 from sharding.stage_spec import StageSpec
 
 log = logging.getLogger("longspan.stage")
 
 JOIN_TIMEOUT_S = 30.0
-
-
-@dataclass(frozen=True)
-class NodeFacts:
-    """Where an actor landed. `free_bytes` is the whole node's, shared by all stages there."""
-
-    node_id: str
-    host: str
-    free_bytes: int
 
 
 @dataclass(frozen=True)
@@ -55,15 +46,22 @@ class StageActor:
     def __init__(self, number: int) -> None:
         self._number = number
         self._progress = 0.0
+        self._device = ""
         self._stage: Stage | None = None
         self._listener: Listener | None = None
         self._edges: list[Edge] = []
         self._worker: threading.Thread | None = None
 
-    def facts(self) -> NodeFacts:
-        """Where it runs and what memory is free there."""
-        context = ray.get_runtime_context()
-        return NodeFacts(context.get_node_id(), ray.util.get_node_ip_address(), available_bytes())
+    def facts(self, kernels: str) -> NodeFacts:
+        """Where it runs, on which device it would compute with that kernel set and what memory is
+        free there. Raises `ConfigError` for a GPU that cannot be used."""
+        device = device_facts(kernels)
+        # The number by which the machine knows it: this process has no other.
+        numbers = "".join(f" #{number}" for number in ray.get_gpu_ids())
+        device = replace(device, name=device.name + numbers)
+        self._device = device.name
+        node = ray.get_runtime_context().get_node_id()
+        return NodeFacts(node, ray.util.get_node_ip_address(), device)
 
     def load(self, spec: StageSpec, threads: int) -> None:
         """Load the slice of the model and compute it on so many threads.
@@ -108,6 +106,9 @@ class StageActor:
             self._edges.append(upstream)
             listener.close()
             serve_stage(stage, upstream, downstream)
+        except DeviceLostError as error:
+            log.error("stage %d ends: %s", self._number, error)
+            os._exit(1)  # nothing that would still wait for the device; Ray tells the engine
         except PipelineError as error:
             log.info("stage %d left epoch %d: %s", self._number, joint.epoch, error)
         finally:
@@ -129,7 +130,8 @@ class StageActor:
     def stats(self) -> StageStats:
         """Its books."""
         assert self._stage is not None, "asked before it was loaded"
-        return describe_stage(self._number, self._stage, ray.util.get_node_ip_address(), "cpu")
+        host = ray.util.get_node_ip_address()
+        return describe_stage(self._number, self._stage, host, self._device)
 
     def pid(self) -> int:
         """Its process, for tests that end it."""

@@ -24,8 +24,9 @@ from serving.show import bench_heading, bench_line, plan_record, plan_table
 from sharding.batch import SamplingParams
 from sharding.errors import ConfigError, DoesNotFitError, LongspanError
 from sharding.gguf.reader import GGUFFile
+from sharding.kernels import cpu_kernels
 from sharding.model.arch import read_shape
-from sharding.model_plan import RESIDENT, Wanted, choose_kernels, plan_model
+from sharding.model_plan import RESIDENT, Wanted, plan_model
 from sharding.planner import Device, parse_bytes
 
 app = typer.Typer(
@@ -231,10 +232,11 @@ def _known_kernels(name: str) -> str:
     """The name, if it is one; says so where the fast kernels are missing."""
     if name not in ("auto", *RESIDENT):
         raise ConfigError(f"no kernel set {name!r}; there are: auto, {', '.join(RESIDENT)}")
-    if name == "auto" and choose_kernels(name) == "reference":
+    if name == "auto" and cpu_kernels() == "reference":
         _say(
             "warning: the CPU kernels were not built when Longspan was installed (no C++ "
-            "compiler?), so the reference kernels compute: many times slower, 4 bytes a weight"
+            "compiler?), so CPUs compute with the reference kernels: many times slower, 4 bytes a "
+            "weight"
         )
     return name
 

@@ -69,6 +69,7 @@ TABLE: dict[type[errors.LongspanError], Row] = {
     errors.PeerLostError: _REPAIRING,
     errors.ProtocolError: _REPAIRING,
     errors.StageError: _REPAIRING,
+    errors.DeviceLostError: _REPAIRING,
 }
 """Every class of the tree has its own row; a test keeps it so."""
 

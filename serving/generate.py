@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,12 +21,10 @@ from sharding.batch import SamplingParams
 from sharding.errors import ConfigError, ContextLengthError, PipelineError, RequestError
 from sharding.gguf.reader import GGUFFile
 from sharding.gguf.tokenizer import Tokenizer
-from sharding.kernels import free_bytes, use_threads
+from sharding.kernels import best_kernels, device_facts, use_threads
 from sharding.model.arch import read_shape
 from sharding.model_plan import Wanted, plan_model
 from sharding.planner import Device
-
-_MEMORY_SHARE = 0.8
 
 
 class LocalModel:
@@ -38,9 +37,11 @@ class LocalModel:
         if threads is not None and threads > cores:
             raise ConfigError(f"--threads {threads} exceeds the {cores} cores of this process")
         self.threads = threads or cores
-        free = int(free_bytes(wanted.kernels) * _MEMORY_SHARE) // stages
-        where = "gpu" if wanted.kernels == "triton" else "cpu"
-        devices = [Device(f"{where}, part {number}", free) for number in range(stages)]
+        if wanted.kernels == "auto":
+            wanted = replace(wanted, kernels=best_kernels())
+        device = device_facts(wanted.kernels)
+        part = device.usable_bytes // stages
+        devices = [Device(f"{device.name}, part {number}", part) for number in range(stages)]
         with GGUFFile.open(path) as file:
             planned = plan_model(file, devices, wanted)
             self.vocab = read_shape(file.metadata).vocab

@@ -15,7 +15,8 @@
     └── PipelineError               the pipeline broke while it worked
         ├── PeerLostError           the other end of a stage edge is gone
         ├── ProtocolError           bytes on a stage edge that no peer of ours would send
-        └── StageError              a stage is alive but could not do its part
+        ├── StageError              a stage is alive but could not do its part
+        └── DeviceLostError         a stage's GPU failed: its process cannot compute any more
 
 A message carries the numbers and the remedy. Foreign exceptions are translated where they enter
 (Ray's in `stage_actor` and `placement`, sockets' in `transport`); `serving/errors.py` maps this
@@ -114,3 +115,7 @@ class ProtocolError(PipelineError):
 
 class StageError(PipelineError):
     """A stage is alive but could not do its part of a step."""
+
+
+class DeviceLostError(PipelineError):
+    """The device of a stage failed in use: only a new process may find it working again."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 from sharding.batch import CHUNK
 from sharding.cost import (
@@ -20,6 +19,7 @@ from sharding.cost import (
 )
 from sharding.errors import ConfigError
 from sharding.gguf.reader import GGUFFile, TensorInfo
+from sharding.kernels import cpu_kernels
 from sharding.kernels.planes import planes_resident
 from sharding.model.arch import read_shape
 from sharding.planner import Device, Plan, largest_context, make_plan
@@ -57,19 +57,15 @@ class ModelPlan:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a user asked for; None leaves it to the model and the memory."""
+    """What a user asked for; None leaves it to the model and the memory.
+
+    `kernels` "auto" is a CPU's set here; whoever can look for GPUs decides before.
+    """
 
     context: int | None = None
     kv_tokens: int | None = None
     kernels: str = "auto"
     chunk: int | None = None
-
-
-def choose_kernels(wanted: str) -> str:
-    """The kernel set for "auto": the compiled one, or the reference where it was not built."""
-    if wanted != "auto":
-        return wanted
-    return "cpu" if find_spec("sharding.kernels._cpu") else "reference"
 
 
 def plan_model(file: GGUFFile, devices: Sequence[Device], wanted: Wanted) -> ModelPlan:
@@ -80,7 +76,7 @@ def plan_model(file: GGUFFile, devices: Sequence[Device], wanted: Wanted) -> Mod
     would, `ModelFileError`.
     """
     shape = read_shape(file.metadata)
-    kernels = choose_kernels(wanted.kernels)
+    kernels = cpu_kernels() if wanted.kernels == "auto" else wanted.kernels
     chunk = wanted.chunk or CHUNKS[kernels]
     on_gpu = kernels == "triton"
     workspace_bytes = gpu_workspace_bytes(shape, chunk) if on_gpu else WORKSPACE_BYTES

@@ -91,6 +91,8 @@ class Stage:
         self._open: dict[int, _Open] = {}
         self._on_host = self.kernels.device.type == "cpu"
         self._embedded_TI = torch.empty(0, self.shape.hidden)
+        self.lost = False
+        """Whether its device failed: no later batch can be computed in this process."""
         report(1.0)
 
     def _load_blocks(
@@ -149,6 +151,7 @@ class Stage:
             return StageOutput(segments=self._results(batch, hidden_TI))
         except (RuntimeError, IndexError, MemoryError) as error:
             # What torch raises, above all when memory is short: this batch is lost, the stage not.
+            self.lost = not self.kernels.works()
             raise StageError(f"{type(error).__name__}: {error}") from error
 
     def apply_books(self, batch: Batch) -> None:

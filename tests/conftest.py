@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 
 from serving.fetch import fetch
 from sharding.gguf.reader import GGUFFile
@@ -14,6 +16,12 @@ from sharding.kernels import use_threads
 
 if TYPE_CHECKING:
     from tests.served import Served
+
+
+# Triton reads this when kernels are imported, in this process and in Ray's: tests of them run
+# everywhere, on a GPU where there is one.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session", autouse=True)

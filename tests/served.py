@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,7 +28,11 @@ class Served:
 
 @contextlib.contextmanager
 def serve_model(path: Path, stages: int = 2) -> Iterator[Served]:
-    """Deploy over Ray and wait until it serves."""
+    """Deploy over Ray and wait until it serves.
+
+    The cluster believes in one GPU: tests of stages on GPUs join it.
+    """
+    os.environ["RAY_OVERRIDE_RESOURCES"] = '{"GPU": 1}'
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     config = ServeConfig(

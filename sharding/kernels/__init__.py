@@ -13,14 +13,23 @@ may keep a request's state.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Protocol
 
 from sharding.errors import ConfigError
 from sharding.memory import available_bytes
 
+log = logging.getLogger("longspan.kernels")
+
 KERNEL_SETS = ("cpu", "reference", "triton")
+
+# Shares of free memory that stages may plan with. The rest is for Ray, Serve and the system; on a
+# GPU for what its driver takes for each kernel and library that is loaded.
+_HOST_SHARE = 0.8
+_GPU_SHARE = 0.9
 
 if TYPE_CHECKING:
     import torch
@@ -151,6 +160,10 @@ class Kernels(Protocol):
         The noise is `sharding.model.sampling.gumbel` of (seed, position, id).
         """
 
+    def works(self) -> bool:
+        """Whether its device computes: a GPU that failed in use fails every later call of the
+        process."""
+
     def layers(self, weights: Sequence[BlockWeights], pages: Sequence[LayerPages]) -> Layers:
         """Blocks with their pages, ready to run one after the other."""
 
@@ -175,17 +188,62 @@ def load_kernels(name: str) -> Kernels:
     raise ConfigError(f"no kernel set {name!r}; there are: {', '.join(KERNEL_SETS)}")
 
 
-def free_bytes(name: str) -> int:
-    """Bytes that stages of this kernel set can have here: of the GPU, or of this machine."""
-    if name == "triton":
-        from sharding.kernels.triton import choose_device
+def cpu_kernels() -> str:
+    """The kernel set for a CPU: the compiled one, or the reference where it was not built."""
+    return "cpu" if find_spec("sharding.kernels._cpu") else "reference"
 
-        device = choose_device()
-        if device.type == "cuda":
-            import torch
 
-            return torch.cuda.mem_get_info(device)[0]
-    return available_bytes()
+def built_for_gpus() -> bool:
+    """Whether this installation could compute on a GPU, if there were one."""
+    import torch
+
+    return torch.version.cuda is not None and find_spec("triton") is not None
+
+
+def best_kernels() -> str:
+    """What "auto" is for stages of this process: Triton's where a GPU computes them, else the
+    CPU's. A warning says why an installation for GPUs computes on the CPU."""
+    if built_for_gpus():
+        try:
+            if _gpu() is not None:
+                return "triton"
+        except ConfigError as error:
+            log.warning("computing on the CPU: %s", error)
+    return cpu_kernels()
+
+
+@dataclass(frozen=True)
+class DeviceFacts:
+    """Where stages of a kernel set compute, seen from one of their processes.
+
+    `identity` tells a machine's devices apart, whatever number a process knows them by.
+    `usable_bytes` are for all stages on the device together.
+    """
+
+    name: str
+    identity: str
+    usable_bytes: int
+
+
+def device_facts(kernels: str) -> DeviceFacts:
+    """The device that this process would compute on. Raises `ConfigError` if a GPU is wanted and
+    none can be used."""
+    gpu = _gpu() if kernels == "triton" else None
+    if gpu is None:
+        return DeviceFacts("cpu", "cpu", int(available_bytes() * _HOST_SHARE))
+    import torch
+
+    properties = torch.cuda.get_device_properties(gpu)
+    free, _ = torch.cuda.mem_get_info(gpu)
+    return DeviceFacts(properties.name, str(properties.uuid), int(free * _GPU_SHARE))
+
+
+def _gpu() -> torch.device | None:
+    """The GPU of the Triton kernels; None when they are interpreted."""
+    from sharding.kernels.triton import choose_device
+
+    device = choose_device()
+    return device if device.type == "cuda" else None
 
 
 def use_threads(threads: int, kernels: str) -> None:

@@ -142,6 +142,10 @@ class CPUKernels:
         assert scaled_V.dtype == torch.float64 and scaled_V.is_contiguous(), scaled_V.dtype
         return _cpu.gumbel_argmax(scaled_V.data_ptr(), len(scaled_V), seed % (1 << 64), position)
 
+    def works(self) -> bool:
+        """A processor that fails takes the process with it."""
+        return True
+
     def layers(self, weights: Sequence[BlockWeights], pages: Sequence[LayerPages]) -> CPULayers:
         """One call for all blocks."""
         return CPULayers(self, weights, pages)

@@ -133,6 +133,10 @@ class ReferenceKernels:
         """By definition."""
         return gumbel_argmax(scaled_V, seed, position)
 
+    def works(self) -> bool:
+        """A processor that fails takes the process with it."""
+        return True
+
     def layers(
         self, weights: Sequence[BlockWeights], pages: Sequence[LayerPages]
     ) -> ComposedLayers:

@@ -98,16 +98,28 @@ class TritonKernels:
         self._works: dict[Way, Work] = {}
 
     def _try(self) -> None:
-        """Launch a kernel: Triton builds its launcher with the machine's C compiler when the first
-        one starts, and that had better be now. Raises `ConfigError` with what is missing."""
+        """Triton builds its launcher with the machine's C compiler when the first kernel starts:
+        that had better be now. Raises `ConfigError` with what is missing."""
         try:
-            row_TI = torch.ones(1, 32, device=self.device)
-            float(self.rms_norm(row_TI, row_TI[0], 0.0).sum())
+            self._launch()
         except (RuntimeError, OSError, AssertionError, SubprocessError, TritonError) as error:
             # What a missing compiler, header or driver library raises, and Triton's own.
             raise ConfigError(
                 f"--kernels triton: no kernel runs here: {type(error).__name__}: {error}"
             ) from error
+
+    def _launch(self) -> None:
+        """A kernel, from its start to its result."""
+        row_TI = torch.ones(1, 32, device=self.device)
+        float(self.rms_norm(row_TI, row_TI[0], 0.0).sum())
+
+    def works(self) -> bool:
+        """After a failure CUDA refuses all further work of the process."""
+        try:
+            self._launch()
+        except RuntimeError:
+            return False
+        return True
 
     def pack(self, file: GGUFFile, names: Sequence[str]) -> Weight:
         """Split into planes on the device."""

@@ -1,5 +1,4 @@
-"""What the tests of kernels share: which build is tested, where Triton runs, and one thread between
-tests.
+"""What the tests of kernels share: which build is tested, and one thread between tests.
 
 `make sanitize` names the module built with sanitizers in `LONGSPAN_CPU_MODULE`; it is loaded in the
 place of the installed one before anything imports that.
@@ -13,7 +12,6 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-import torch
 
 _NAME = "sharding.kernels._cpu"
 
@@ -23,10 +21,6 @@ if wanted := os.environ.get("LONGSPAN_CPU_MODULE"):
     assert spec is not None and spec.loader is not None, wanted
     sys.modules[_NAME] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[_NAME])
-
-# Triton reads this when kernels are imported: tests of them run everywhere, on a GPU where it is.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)

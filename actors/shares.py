@@ -1,0 +1,97 @@
+"""What each stage gets of the machines: cores, a GPU or a part of one, memory. Pure arithmetic; Ray
+is asked in `placement.py`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sharding.errors import ConfigError
+from sharding.kernels import DeviceFacts
+from sharding.planner import Device
+
+_UNITS = 10_000
+"""Ray counts resources in parts of so many, rounded: 7 times 1/7 would be more than there is."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What Ray has of a node."""
+
+    cpus: int
+    gpus: int = 0
+
+
+@dataclass(frozen=True)
+class Share:
+    """What Ray reserves for a stage. `gpus` is 0 for stages on CPUs."""
+
+    cpus: float
+    gpus: float = 0
+
+
+@dataclass(frozen=True)
+class NodeFacts:
+    """Where an actor landed. The device is shared by all stages on it."""
+
+    node_id: str
+    host: str
+    device: DeviceFacts
+
+
+def share_of(machines: Sequence[Machine], stages: int, on_gpus: bool) -> Share:
+    """The most of a device for each stage so that all find room, none across devices.
+
+    A GPU's stage reserves no cores: it only starts kernels. Raises `ConfigError` if there are no
+    GPUs.
+    """
+    if not on_gpus:
+        return Share(_most_cpus([machine.cpus for machine in machines], stages))
+    gpus = [machine.gpus for machine in machines]
+    if not any(gpus):
+        raise ConfigError(
+            "--kernels triton needs GPUs, and Ray knows of none: start Ray where they are, or with "
+            "`ray start --num-gpus`; `--kernels cpu` computes without"
+        )
+    return Share(0, _most_of_one(gpus, stages))
+
+
+def _most_cpus(cpus_per_node: Sequence[int], stages: int) -> float:
+    """A fraction such as 1/2 where cores are fewer than stages: they then share them."""
+    for cpus in range(max(cpus_per_node, default=1), 0, -1):
+        if sum(node // cpus for node in cpus_per_node) >= stages:
+            return cpus
+    return _most_of_one(cpus_per_node, stages)
+
+
+def _most_of_one(per_node: Sequence[int], stages: int) -> float:
+    """The largest 1, 1/2, 1/3, … of a device of which there are enough."""
+    sharing = -(-stages // max(1, sum(per_node)))
+    return _rounded_down(1 / sharing)
+
+
+def _rounded_down(share: float) -> float:
+    return int(share * _UNITS + 1e-6) / _UNITS
+
+
+def threads_of(facts: Sequence[NodeFacts], cpus: float, stage: int) -> int:
+    """Threads of a stage: the cores that the pipeline's stages on its node reserved, together.
+
+    One request has its stages work in turn, so each should have all of them then. When they work
+    at once, they share: a kernel never waits for a thread that found no core.
+    """
+    node = facts[stage].node_id
+    there = sum(fact.node_id == node for fact in facts)
+    return max(1, int((cpus + 1 / _UNITS) * there))
+
+
+def devices_of(facts: Sequence[NodeFacts]) -> list[Device]:
+    """Each stage's device: an equal part of what its stages can use of it."""
+    places = [(fact.node_id, fact.device.identity) for fact in facts]
+    sharing = Counter(places)
+    return [
+        Device(f"{fact.device.name} on {fact.host}", fact.device.usable_bytes // sharing[place])
+        for fact, place in zip(facts, places, strict=True)
+    ]

@@ -1,0 +1,120 @@
+"""How stages share cores, GPUs and memory: pure parts of placement."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from actors import placement
+from actors.shares import Machine, NodeFacts, Share, devices_of, share_of, threads_of
+from sharding.errors import ConfigError
+from sharding.kernels import DeviceFacts, cpu_kernels
+
+
+def machines(cpus: list[int]) -> list[Machine]:
+    """Without GPUs."""
+    return [Machine(each) for each in cpus]
+
+
+def on(node: str, identity: str, usable_bytes: int) -> NodeFacts:
+    """An actor on a device of a node."""
+    return NodeFacts(node, f"host {node}", DeviceFacts("card", identity, usable_bytes))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "stages", "cpus"),
+    [([2], 2, 1), ([2], 1, 2), ([2], 3, 1 / 2), ([16], 3, 5), ([8, 8], 2, 8), ([8, 4], 3, 4)],
+)
+def test_cores_are_divided_over_the_stages(nodes: list[int], stages: int, cpus: float) -> None:
+    assert share_of(machines(nodes), stages, on_gpus=False) == Share(cpus)
+
+
+@given(st.lists(st.integers(1, 64), min_size=1, max_size=5), st.integers(1, 64))
+def test_every_stage_finds_room(nodes: list[int], stages: int) -> None:
+    """As Ray counts: in parts of ten thousand, rounded."""
+    cpus = share_of(machines(nodes), stages, on_gpus=False).cpus
+    assert cpus > 0
+    assert sum(node * 10_000 // round(cpus * 10_000) for node in nodes) >= stages
+
+
+@pytest.mark.parametrize(
+    ("nodes", "stages", "gpus"),
+    [
+        ([1], 1, 1),
+        ([8], 4, 1),
+        ([1], 4, 1 / 4),
+        ([1], 3, 0.3333),
+        ([0, 2, 1], 5, 1 / 2),
+        ([1, 1], 2, 1),
+    ],
+)
+def test_gpus_are_divided_over_the_stages(nodes: list[int], stages: int, gpus: float) -> None:
+    """A stage has one GPU or a part of one, and needs no core of its own to start kernels."""
+    assert share_of([Machine(8, each) for each in nodes], stages, on_gpus=True) == Share(0, gpus)
+
+
+@given(st.lists(st.integers(0, 8), min_size=1, max_size=5).filter(any), st.integers(1, 64))
+def test_every_stage_finds_a_gpu(nodes: list[int], stages: int) -> None:
+    """As Ray counts: a part of one GPU, never of two."""
+    gpus = share_of([Machine(8, each) for each in nodes], stages, on_gpus=True).gpus
+    assert sum(nodes) * (10_000 // round(gpus * 10_000)) >= stages
+
+
+def test_without_a_gpu_in_the_cluster_triton_is_refused() -> None:
+    with pytest.raises(ConfigError, match="Ray knows of none"):
+        share_of(machines([8, 8]), 2, on_gpus=True)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "with_cuda", "chosen"),
+    [(0, True, cpu_kernels()), (2, True, "triton"), (2, False, cpu_kernels())],
+)
+def test_auto_takes_gpus_where_ray_has_them_and_torch_can(
+    gpus: int,
+    with_cuda: bool,
+    chosen: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(placement, "built_for_gpus", lambda: with_cuda)
+    assert placement._choose("auto", [Machine(8), Machine(8, gpus)]) == chosen
+    # Never in silence.
+    assert ("2 GPUs, but torch was installed without CUDA" in caplog.text) == (
+        gpus > 0 and not with_cuda
+    )
+
+
+def test_what_was_chosen_is_not_chosen_again() -> None:
+    assert placement._choose("reference", [Machine(8, 2)]) == "reference"
+    assert placement._choose("triton", [Machine(8)]) == "triton"
+
+
+def test_stages_of_one_node_share_its_memory() -> None:
+    facts = [on("a", "cpu", 1000), on("a", "cpu", 1000), on("b", "cpu", 900)]
+    assert [device.free_bytes for device in devices_of(facts)] == [500, 500, 900]
+
+
+def test_stages_of_one_gpu_share_its_memory_and_not_its_neighbour_s() -> None:
+    """A process knows its GPU as the first one, whichever it is."""
+    facts = [on("a", "GPU-1", 900), on("a", "GPU-1", 900), on("a", "GPU-2", 700)]
+    assert [device.free_bytes for device in devices_of(facts)] == [450, 450, 700]
+
+
+@pytest.mark.parametrize(
+    ("hosts", "cpus", "threads"),
+    [
+        ("aa", 1, [2, 2]),
+        ("ab", 1, [1, 1]),
+        ("aab", 4, [8, 8, 4]),
+        ("aaa", 0.3333, [1, 1, 1]),
+        ("aaa", 0.5, [1, 1, 1]),
+    ],
+)
+def test_a_stage_computes_on_the_cores_of_its_node_s_stages(
+    hosts: str, cpus: float, threads: list[int]
+) -> None:
+    """One request has its stages work in turn: a stage that left its neighbour's core idle would
+    make a lone user wait twice as long."""
+    facts = [on(host, "cpu", 1000) for host in hosts]
+    assert [threads_of(facts, cpus, stage) for stage in range(len(hosts))] == threads
