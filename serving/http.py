@@ -106,8 +106,8 @@ def _errors(*statuses: int) -> Responses:
 
 
 def _streamed(chunk: str) -> Responses:
+    # No type: some readers of OpenAPI 3.1 take it for the whole stream's, some for each event's.
     schema = {
-        "type": "string",
         "description": f"With stream: events whose data are {chunk} objects, then [DONE]. An event"
         " with an error and no [DONE] after it means that the answer is incomplete.",
     }

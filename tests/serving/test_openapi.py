@@ -38,6 +38,22 @@ test_no_answer_contradicts_the_description = SCHEMA.parametrize()(
 )
 
 
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("/v1/completions", {"prompt": "x"}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
+    ],
+)
+def test_a_stream_is_as_described(path: str, asked: dict[str, object]) -> None:
+    """Whatever is drawn at random above."""
+    body = {"model": WORLD.service.model.name, "max_tokens": 2, "stream": True, **asked}
+    case = SCHEMA[path]["POST"].Case(body=body, media_type="application/json")
+    answer = case.call_and_validate(checks=CHECKS[:-1])
+    assert answer.status_code == 200
+    assert "[DONE]" in answer.text
+
+
 OPERATIONS = [
     (path, method, operation)
     for path, operations in WORLD.app.openapi()["paths"].items()
