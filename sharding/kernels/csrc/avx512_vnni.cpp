@@ -19,6 +19,8 @@ namespace {
 #include "decode.h"
 #include "target.h"
 #include "digits.h"
+#include "panels.h"
+#include "products.h"
 
 }  // namespace
 }  // namespace avx512_vnni
