@@ -174,6 +174,8 @@ NB_MODULE(_cpu, m) {
             return gumbel_argmax(at<const double>(scaled), n, seed, position);
         },
         Release());
+    m.def("pairs_columns", &pairs_columns);
+    m.def("pair_columns", &pair_columns);
     m.def("threads", [] { return pool().threads(); });
     m.def("keep_to", [](const std::vector<int>& cores) { pool().keep_to(cores); });
     nb::class_<Kernels> kernels(m, "Kernels");

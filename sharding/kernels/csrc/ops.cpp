@@ -1,8 +1,28 @@
 #include "ops.h"
 
+#include <atomic>
+
 #include "pool.h"
 
 namespace longspan {
+namespace {
+
+std::atomic<bool>& pairing() {
+#if defined(__x86_64__)
+    static std::atomic<bool> yes = [] {
+        __builtin_cpu_init();
+        return __builtin_cpu_is("amd") != 0;
+    }();
+#else
+    static std::atomic<bool> yes = false;
+#endif
+    return yes;
+}
+
+}  // namespace
+
+bool pairs_columns() { return pairing().load(std::memory_order_relaxed); }
+void pair_columns(bool yes) { pairing().store(yes); }
 
 void matmul(const Ops& ops, const float* x, int tokens, const Weight& weight, const Weight* next,
             const float* residual, float* y) {

@@ -73,6 +73,11 @@ extern const Ops AVX512_OPS, AVX2_OPS, PORTABLE_OPS;
 // Those of AVX-512 but for products with quantised weights.
 const Ops& avx512_vnni_ops();
 
+// Whether products of many tokens take columns in pairs (products.h): as is faster on this
+// processor, or as the last call of `pair_columns` said. No bit of a result depends on it.
+bool pairs_columns();
+void pair_columns(bool yes);
+
 // y[T, O] = residual + x[T, I] @ weight^T; `residual` may be null, or y itself. `next` as above.
 void matmul(const Ops& ops, const float* x, int tokens, const Weight& weight, const Weight* next,
             const float* residual, float* y);

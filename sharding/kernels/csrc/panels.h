@@ -42,7 +42,7 @@ inline __m512i load_byte_table() {
 template <Layout F, int PANELS_>
 struct PackedPanels {
     static constexpr int PANELS = PANELS_, CHUNKS = F.chunks, GROUPS = F.groups;
-    static constexpr bool MINIMA = F.has_minimum();
+    static constexpr bool MINIMA = F.has_minimum(), PAIRED = false;
 
     const uint8_t* unit;
     size_t unit_stride;
@@ -68,12 +68,13 @@ struct PackedPanels {
 // The same, opened: values take a byte each, scales and minima are float32. A few tiles of tokens
 // pay for that, as 512-bit instructions of any kind share two units on Intel's processors: decoding
 // and scaling were a third of all that a tile of Q6_K did there.
-template <int PANELS_, int GROUPS_, bool MINIMA_>
+template <int PANELS_, int GROUPS_, bool MINIMA_, bool PAIRED_>
 struct OpenPanels {
     static constexpr int PANELS = PANELS_, CHUNKS = 1, GROUPS = GROUPS_;
-    static constexpr bool MINIMA = MINIMA_;
+    static constexpr bool MINIMA = MINIMA_, PAIRED = PAIRED_;
     static constexpr int SCALES_AT = CHUNK * LANES, MINIMA_AT = SCALES_AT + GROUPS * LANES * 4;
-    static constexpr int BYTES = MINIMA_AT + MINIMA * GROUPS * LANES * 4;  // of a panel's chunk
+    static constexpr int PAIRS_AT = MINIMA_AT + MINIMA * GROUPS * LANES * 4;
+    static constexpr int BYTES = PAIRS_AT + PAIRED * GROUPS * LANES * 4;  // of a panel's chunk
 
     const uint8_t* unit;
 
@@ -88,19 +89,37 @@ struct OpenPanels {
     inline __attribute__((always_inline)) V minimum_of(int p, int group) const {
         return floats(p, MINIMA_AT, group);
     }
+    // What products of pairs have too much for a group's values, negative.
+    inline __attribute__((always_inline)) __m512i pairs_of(int p, int group) const {
+        return _mm512_load_si512(unit + p * BYTES + PAIRS_AT + group * LANES * 4);
+    }
     inline __attribute__((always_inline)) V floats(int p, int at, int group) const {
         return load(reinterpret_cast<const float*>(unit + p * BYTES + at) + group * LANES);
     }
     void next_unit() { unit += PANELS * BYTES; }
 };
 
-template <Layout F, int PANELS>
-using OpenPanelsOf = OpenPanels<PANELS, F.groups, F.has_minimum()>;
+template <Layout F, int PANELS, bool PAIRED>
+using OpenPanelsOf = OpenPanels<PANELS, F.groups, F.has_minimum(), PAIRED>;
+
+// See OpenPanels::pairs_of; from a group's steps.
+template <Layout F>
+inline __m512i pairs_of_values(const uint8_t* steps) {
+    const __m512i most = _mm512_set1_epi8(top(F)), half = _mm512_set1_epi8(room(F));
+    __m512i products = _mm512_setzero_si512(), odds = products;
+    for (int s = 0; s < STEPS / F.groups; s += 2) {
+        const __m512i even = _mm512_load_si512(steps + s * 64);
+        const __m512i odd = _mm512_load_si512(steps + s * 64 + 64);
+        products = _mm512_dpbusd_epi32(products, _mm512_add_epi8(odd, most), even);
+        odds = _mm512_dpbusd_epi32(odds, odd, half);
+    }
+    return _mm512_sub_epi32(odds, products);
+}
 
 // Writes panels as `OpenPanels` reads them.
-template <Layout F, int PANELS>
+template <Layout F, int PANELS, bool PAIRED>
 __attribute__((noinline)) void open(PackedPanels<F, PANELS> from, int units, uint8_t* to) {
-    using Open = OpenPanelsOf<F, PANELS>;
+    using Open = OpenPanelsOf<F, PANELS, PAIRED>;
     for (int u = 0; u < units; ++u, from.next_unit()) {
         for (int c = 0; c < F.chunks; ++c) {
             from.begin(c);
@@ -115,6 +134,10 @@ __attribute__((noinline)) void open(PackedPanels<F, PANELS> from, int units, uin
                     put(Open::SCALES_AT, g, from.scale_of(p, c * F.groups + g));
                     if constexpr (Open::MINIMA)
                         put(Open::MINIMA_AT, g, from.minimum_of(p, c * F.groups + g));
+                    if constexpr (PAIRED)
+                        _mm512_store_si512(
+                            to + Open::PAIRS_AT + g * LANES * 4,
+                            pairs_of_values<F>(to + g * STEPS / F.groups * LANES * STEP));
                 }
             }
         }

@@ -8,6 +8,18 @@
 // All numbers of tokens take the same way, and the same bits come of it: a few decode values as
 // they stream from memory, three instructions a step at most; many have panels opened first, once
 // for all of them (OpenPanels).
+//
+// Paired, two columns take one product of their top digits instead of two (Winograd, A New
+// Algorithm for Inner Product, IEEE Transactions on Computers C-17, 1968). With a and w of even
+// steps, a' and w' of odd ones,
+//
+//     a w + a' w' = (a + top + w') (a' - room + w) - (a + top) (a' - room) - ((top + w') w - room
+//     w')
+//
+// of which the second term is one of the activations alone, the third of the weights. It is exact,
+// so no bit depends on it. Where additions have units of their own (AMD's) a group of 32 columns
+// takes 22 cycles for 16 outputs instead of 26; where they share those of products (Intel's) it is
+// slower.
 
 // One token's finished group: sums of digits become floats and meet the group's scale and minimum.
 template <class Panels>
@@ -29,11 +41,32 @@ inline __attribute__((always_inline)) void close_group(const Panels& w, int grou
     }
 }
 
+// Adds N steps' products of one token: its digits lie TOKENS words apart. Two steps are a pair.
+template <int TOKENS, int N, int PANELS>
+inline __attribute__((always_inline)) void multiply(const __m512i (&v)[N][PANELS],
+                                                    const int32_t* digits,
+                                                    __m512i (&a)[PANELS][DIGITS]) {
+    constexpr bool paired = N == 2;
+    const auto digit = [&](int i, int d) { return _mm512_set1_epi32(digits[i * TOKENS * 4 + d]); };
+    for (int i = 0; i < N; ++i)
+        for (int d = 0; d < DIGITS - paired; ++d) {
+            const __m512i x = digit(i, d);
+            for (int p = 0; p < PANELS; ++p) a[p][d] = _mm512_dpbusd_epi32(a[p][d], v[i][p], x);
+        }
+    if constexpr (paired) {
+        const __m512i even = digit(0, DIGITS - 1), odd = digit(1, DIGITS - 1);
+        for (int p = 0; p < PANELS; ++p)
+            a[p][DIGITS - 1] = _mm512_dpbusd_epi32(a[p][DIGITS - 1], _mm512_add_epi8(even, v[1][p]),
+                                                   _mm512_add_epi8(odd, v[0][p]));
+    }
+}
+
 // The sums of panels x TOKENS over all columns.
 template <int TOKENS, class Panels>
 __attribute__((noinline)) void stream(Panels w, int units, const Prepared& x, const Target& target,
                                       int token, int row) {
     constexpr int PANELS = Panels::PANELS, GROUPS = Panels::GROUPS, steps = STEPS / GROUPS;
+    constexpr int at_once = Panels::PAIRED ? 2 : 1;
     V y[TOKENS][PANELS];
     for (int t = 0; t < TOKENS; ++t)
         for (int p = 0; p < PANELS; ++p) y[t][p] = zero();
@@ -45,22 +78,25 @@ __attribute__((noinline)) void stream(Panels w, int units, const Prepared& x, co
             unrolled<0, GROUPS>([&]<int G>() __attribute__((always_inline)) {
                 __m512i a[TOKENS][PANELS][DIGITS];
                 for (int t = 0; t < TOKENS; ++t)
-                    for (int p = 0; p < PANELS; ++p)
+                    for (int p = 0; p < PANELS; ++p) {
                         for (int d = 0; d < DIGITS; ++d)
                             a[t][p][d] = _mm512_set1_epi32(sums[t * 4 + d]);
-                unrolled<G * steps, steps>([&]<int S>() __attribute__((always_inline)) {
-                    __m512i v[PANELS];
-                    for (int p = 0; p < PANELS; ++p) v[p] = w.template values<S>(p, c);
+                        if constexpr (Panels::PAIRED)
+                            a[t][p][DIGITS - 1] =
+                                _mm512_add_epi32(a[t][p][DIGITS - 1], w.pairs_of(p, G));
+                    }
+                unrolled<0, steps / at_once>([&]<int I>() __attribute__((always_inline)) {
+                    constexpr int S = G * steps + I * at_once;
+                    __m512i v[at_once][PANELS];
+                    for (int p = 0; p < PANELS; ++p) {
+                        v[0][p] = w.template values<S>(p, c);
+                        if constexpr (Panels::PAIRED) v[1][p] = w.template values<S + 1>(p, c);
+                    }
                     for (int t = 0; t < TOKENS; ++t) {
-                        for (int d = 0; d < DIGITS; ++d) {
-                            const __m512i digit =
-                                _mm512_set1_epi32(digits[(S * TOKENS + t) * 4 + d]);
-                            for (int p = 0; p < PANELS; ++p)
-                                a[t][p][d] = _mm512_dpbusd_epi32(a[t][p][d], v[p], digit);
-                        }
+                        multiply<TOKENS>(v, digits + (S * TOKENS + t) * 4, a[t]);
                         // Not after the other tokens' last products but between them: additions
                         // and products run side by side, and a processor does not look far ahead.
-                        if constexpr (S == G * steps + steps - 1)
+                        if constexpr (I == steps / at_once - 1)
                             close_group(w, c * GROUPS + G, a[t], sums + t * 4, anchors + t * DIGITS,
                                         y[t]);
                     }
@@ -80,18 +116,46 @@ __attribute__((noinline)) void stream(Panels w, int units, const Prepared& x, co
 
 // Tiles of tokens from which opening panels pays.
 constexpr int OPEN_TILES = 8;
-// Most bytes of opened panels at a time: half of a small second-level cache.
-constexpr int OPEN_BYTES = 1 << 19;
+// Most bytes of opened panels at a time: a quarter of a second-level cache, half of a small one.
+constexpr int OPEN_BYTES = 1 << 18;
+// Tokens from which a thread takes some of them rather than some of the rows: it then finds their
+// digits in its own cache.
+constexpr int SLAB_TOKENS = 128;
+
+// How a product is cut into tasks: slabs of tokens' tiles, each against runs of blocks of panels.
+struct Cut {
+    int tiles, slabs, at_once, runs;
+
+    Cut(int tokens, int blocks, int opened_bytes) {
+        const int threads = pool().threads(),
+                  wanted = 4 * threads;  // so that nobody waits for long
+        tiles = (tokens + TILE - 1) / TILE;
+        slabs = std::clamp(tokens / SLAB_TOKENS, 1, threads);
+        // Few rows on many cores.
+        if (tiles > 1) slabs = std::max(slabs, std::min(wanted / blocks, tiles));
+        at_once = 1;
+        if (opens()) {
+            const int most = std::max(1, OPEN_BYTES / opened_bytes);
+            at_once = std::clamp(blocks * slabs / wanted, 1, most);
+        }
+        runs = (blocks + at_once - 1) / at_once;
+    }
+
+    bool opens() const { return tiles / slabs >= OPEN_TILES; }
+    int first_tile(int slab) const { return tiles * slab / slabs; }
+};
 
 // Blocks of panels [first, last) of a part against tiles [begin, end) of tokens.
-template <Layout F>
+template <Layout F, bool PAIRED>
 struct Meeting {
     const Part& part;
     int first, last, begin, end;
     const Prepared& x;
     const Target& target;
 
-    bool opens() const { return end - begin >= OPEN_TILES; }
+    static int opened_bytes(const Part& part) {
+        return part.padded_cols() / CHUNK * 2 * OpenPanelsOf<F, 2, PAIRED>::BYTES;
+    }
 
     // Packed blocks, one after the other: the weights are what comes from memory.
     void packed() const {
@@ -106,16 +170,18 @@ struct Meeting {
     void opened() const {
         static thread_local Scratch<uint8_t> scratch;
         const int chunks = part.padded_cols() / CHUNK;
-        const size_t bytes = static_cast<size_t>(chunks) * 2 * OpenPanelsOf<F, 2>::BYTES;
+        const size_t bytes = opened_bytes(part);
         uint8_t* to = scratch.at_least(bytes * (last - first));
         for (int block = first; block < last; ++block)
             with_panels(block, [&]<int PANELS>(int panel) {
-                open(panels<PANELS>(panel), part.units(), to + bytes * (block - first));
+                open<F, PANELS, PAIRED>(panels<PANELS>(panel), part.units(),
+                                        to + bytes * (block - first));
             });
         for (int i = begin; i < end; ++i)
             for (int block = first; block < last; ++block)
                 with_panels(block, [&]<int PANELS>(int panel) {
-                    tile(i, panel, OpenPanelsOf<F, PANELS>{to + bytes * (block - first)}, chunks);
+                    tile(i, panel, OpenPanelsOf<F, PANELS, PAIRED>{to + bytes * (block - first)},
+                         chunks);
                 });
     }
 
@@ -152,39 +218,38 @@ struct Meeting {
     }
 };
 
-template <Layout F>
+template <Layout F, bool PAIRED>
 inline void matmul_in(const float* x, const Part& part, const Weight* next, const Target& target,
-                      Scratch<int32_t>& scratch) {
-    const Prepared prepared = prepare<F>(x, part, target.tokens, scratch);
-    const int tiles = (target.tokens + TILE - 1) / TILE, blocks = part.blocks();
-    const int wanted = 4 * pool().threads();  // tasks, so that no thread waits for long
-    // Few rows on many cores: the tokens are cut too.
-    const int slabs = tiles == 1 ? 1 : std::clamp(wanted / blocks, 1, tiles);
-    const int block_bytes = part.padded_cols() / CHUNK * 2 * OpenPanelsOf<F, 2>::BYTES;
-    const int at_once = tiles / slabs < OPEN_TILES
-                            ? 1
-                            : std::clamp(blocks / wanted, 1, std::max(1, OPEN_BYTES / block_bytes));
-    const int runs = (blocks + at_once - 1) / at_once;
-    pool().run(runs * slabs, [&](int task) {
-        const int slab = task % slabs, first = task / slabs * at_once;
-        const Meeting<F> some{part,
-                              first,
-                              std::min(blocks, first + at_once),
-                              tiles * slab / slabs,
-                              tiles * (slab + 1) / slabs,
-                              prepared,
-                              target};
-        if (some.opens()) return some.opened();
-        if (tiles == 1) prefetch_borders(part, next, first);
-        some.packed();
+                      const Cut& cut, Scratch<int32_t>& scratch) {
+    const Prepared prepared = prepare<F, PAIRED>(x, part, target.tokens, scratch);
+    // A slab's tasks follow one another: they are one thread's.
+    pool().run(cut.runs * cut.slabs, [&](int task) {
+        const int slab = task / cut.runs, first = task % cut.runs * cut.at_once;
+        const Meeting<F, PAIRED> some{part,
+                                      first,
+                                      std::min(part.blocks(), first + cut.at_once),
+                                      cut.first_tile(slab),
+                                      cut.first_tile(slab + 1),
+                                      prepared,
+                                      target};
+        if (cut.opens()) return some.opened();
+        if (cut.tiles == 1) prefetch_borders(part, next, first);
+        if constexpr (!PAIRED) some.packed();
     });
 }
 
 inline void matmul(const float* x, const Part& part, const Weight* next, const Output& out) {
     static thread_local Scratch<int32_t> scratch;
     with_layout(static_cast<int>(part.layout.type), [&]<Layout F>() {
-        if constexpr (is_quantised(F)) matmul_in<F>(x, part, next, Target{out}, scratch);
-        else AVX512_OPS.matmul(x, part, next, out);
+        if constexpr (is_quantised(F)) {
+            const Cut cut(out.tokens, part.blocks(), Meeting<F, false>::opened_bytes(part));
+            if constexpr (room(F) != 0)
+                if (cut.opens() && pairs_columns())
+                    return matmul_in<F, true>(x, part, next, Target{out}, cut, scratch);
+            matmul_in<F, false>(x, part, next, Target{out}, cut, scratch);
+        } else {
+            AVX512_OPS.matmul(x, part, next, out);
+        }
     });
 }
 

@@ -37,8 +37,9 @@ class Arithmetic:
 
     `group` columns share a scale; `offset` is subtracted from a stored value; `d_at` and `m_at` are
     bytes of a unit where its FP16 scales of values and of minima begin; `quants` the bytes of the
-    stored values; `scale_most` the largest integer beside d; `product_underflow` what a product may
-    lose below the smallest number, in units of the group's scale.
+    stored values; `scale_most` the largest integer beside d; `room` what the top digit of a
+    fixed-point activation leaves of its byte; `product_underflow` what a product may lose below the
+    smallest number, in units of the group's scale.
     """
 
     group: int
@@ -47,6 +48,7 @@ class Arithmetic:
     m_at: int | None = None
     quants: slice | None = None
     scale_most: int = 1
+    room: int = 0
     product_underflow: float = 2.0**-120
 
 
@@ -56,17 +58,17 @@ ARITHMETIC = {
     "F32": _FLOAT,
     "F16": _FLOAT,
     "BF16": _FLOAT,
-    "Q4_0": Arithmetic(32, offset=8, d_at=0, quants=slice(2, 18)),
-    "Q4_1": Arithmetic(32, d_at=0, m_at=2),
-    "Q5_0": Arithmetic(32, offset=16, d_at=0, quants=slice(2, 22)),
-    "Q5_1": Arithmetic(32, d_at=0, m_at=2),
+    "Q4_0": Arithmetic(32, offset=8, d_at=0, quants=slice(2, 18), room=8),
+    "Q4_1": Arithmetic(32, d_at=0, m_at=2, room=8),
+    "Q5_0": Arithmetic(32, offset=16, d_at=0, quants=slice(2, 22), room=16),
+    "Q5_1": Arithmetic(32, d_at=0, m_at=2, room=16),
     "Q8_0": Arithmetic(32, d_at=0, product_underflow=TINY),
     "IQ4_NL": Arithmetic(32, d_at=0, product_underflow=TINY),
-    "Q2_K": Arithmetic(16, d_at=80, m_at=82, scale_most=15),
-    "Q3_K": Arithmetic(16, offset=4, d_at=108, quants=slice(0, 96), scale_most=32),
-    "Q4_K": Arithmetic(32, d_at=0, m_at=2, scale_most=63),
-    "Q5_K": Arithmetic(32, d_at=0, m_at=2, scale_most=63),
-    "Q6_K": Arithmetic(16, offset=32, d_at=208, quants=slice(0, 192), scale_most=128),
+    "Q2_K": Arithmetic(16, d_at=80, m_at=82, scale_most=15, room=2),
+    "Q3_K": Arithmetic(16, offset=4, d_at=108, quants=slice(0, 96), scale_most=32, room=4),
+    "Q4_K": Arithmetic(32, d_at=0, m_at=2, scale_most=63, room=8),
+    "Q5_K": Arithmetic(32, d_at=0, m_at=2, scale_most=63, room=16),
+    "Q6_K": Arithmetic(16, offset=32, d_at=208, quants=slice(0, 192), scale_most=128, room=32),
     "IQ4_XS": Arithmetic(32, d_at=0, scale_most=32, product_underflow=TINY),
 }
 
@@ -130,7 +132,8 @@ def matmul(
     steps = (2 if how.m_at is not None else 1) * groups
     if isa in IN_DIGITS and how is not _FLOAT:
         # What a chunk's fixed-point numbers are off by.
-        fixed_TI = 2.008 * U * x.abs().unflatten(1, (-1, CHUNK)).amax(-1) + 2.0**-107
+        largest_TI = x.abs().unflatten(1, (-1, CHUNK)).amax(-1)
+        fixed_TI = 256 / (127.498 - how.room) * U * largest_TI + 2.0**-107
         off_TI = fixed_TI.repeat_interleave(CHUNK, dim=1)
         size_TO = residual.abs() + (x.abs() + off_TI) @ weight.size_OI.T
         lost = (steps + 1) * 2.0**20 * TINY

@@ -10,7 +10,7 @@ import torch
 
 from sharding.batch import Segment
 from sharding.gguf.reader import GGUFFile
-from sharding.kernels import BlockWeights, Weight
+from sharding.kernels import BlockWeights, Weight, _cpu
 from sharding.kernels.composed import ComposedLayers
 from sharding.kernels.cpu import CPUKernels, use_threads
 from tests.sharding.kernels.instruction_sets import KERNELS
@@ -57,6 +57,30 @@ def test_a_row_of_a_product_is_the_same_in_any_company(isa: str, name: str) -> N
         assert torch.equal(found, expected[:tokens]), tokens
         last = kernels.matmul(x_TI[-tokens:], weight, residual_TO[-tokens:])
         assert torch.equal(last, expected[-tokens:]), tokens
+
+
+@pytest.mark.skipif("avx512_vnni" not in KERNELS, reason="this processor multiplies no bytes")
+@in_every_format
+def test_products_of_pairs_of_columns_give_the_same_bits(name: str) -> None:
+    """Also where top digits and stored values are as large as they get, of either sign, and where
+    an activation is not finite."""
+    kernels = KERNELS["avx512_vnni"]
+    weight = kernels.pack(file_of(w=(name, random_raw(name, 150, 512))), ["w"])
+    x_TI = normal(300, 512)
+    # Columns of one size a chunk, in steps of a top digit's unit.
+    chunks = torch.arange(150 * 512) // 32
+    x_TI[::2] = x_TI[::2].sign() * (1 + (chunks % 128 + 0.49) / 128).view(150, 512)
+    x_TI[41, 77] = float("nan")
+    alone = torch.cat([kernels.matmul(x_TI[t : t + 1], weight) for t in range(300)])
+    before = _cpu.pairs_columns()
+    try:
+        for paired in (False, True):
+            _cpu.pair_columns(paired)
+            for tokens in (32, 61, 300):  # 32 are the first that take pairs
+                found = kernels.matmul(x_TI[:tokens], weight)
+                assert torch.equal(found.nan_to_num(9e9), alone[:tokens].nan_to_num(9e9)), tokens
+    finally:
+        _cpu.pair_columns(before)
 
 
 def everything(kernels: CPUKernels) -> list[torch.Tensor]:
