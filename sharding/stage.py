@@ -145,7 +145,7 @@ class Stage:
         if not batch.segments:
             return StageOutput()
         try:
-            hidden_TI = self.hidden(batch, hidden_TI)
+            hidden_TI = self.hidden(batch, hidden_TI, self._wanted(batch))
             if not self.is_last:
                 return StageOutput(hidden_TI=hidden_TI if self._on_host else hidden_TI.cpu())
             return StageOutput(segments=self._results(batch, hidden_TI))
@@ -168,8 +168,11 @@ class Stage:
                 entry.history = History(self.shape.vocab, self.kernels.device)
             self._open[opened.request] = entry
 
-    def hidden(self, batch: Batch, hidden_TI: torch.Tensor | None) -> torch.Tensor:
-        """Hidden states `[T, I]` after this stage's layers; writes the batch's KV."""
+    def hidden(
+        self, batch: Batch, hidden_TI: torch.Tensor | None, wanted: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        """Hidden states `[T, I]` after this stage's layers, of rows `wanted` or of all; writes the
+        batch's KV."""
         self._check(batch)
         tables = {segment.request: self._open[segment.request].table for segment in batch.segments}
         index = build_index(batch.segments, tables, self.shape, self._freqs_R)
@@ -180,7 +183,7 @@ class Stage:
             raise StageError(f"hidden states {got} for {batch.n_tokens} x {self.shape.hidden}")
         if not self._on_host:
             hidden_TI, index = hidden_TI.to(self.kernels.device), index.to(self.kernels.device)
-        return self._layers.run(hidden_TI, index)
+        return self._layers.run(hidden_TI, index, wanted)
 
     def _embed(self, batch: Batch, embedding: Weight) -> torch.Tensor:
         """Into the same tensor as long as batches have as many tokens: the next stage's edge knows
@@ -214,10 +217,18 @@ class Stage:
                     f"request {segment.request}: a token id outside [0, {self.shape.vocab})"
                 )
 
+    def _wanted(self, batch: Batch) -> list[int] | None:
+        """The rows that results are made from, None for all of them: of a prompt only the last
+        one, and a lone user waits for no more."""
+        if not self.is_last or any(segment.targets for segment in batch.segments):
+            return None
+        ends = _drawn_rows(batch)
+        return None if len(ends) == batch.n_tokens else ends
+
     def _results(self, batch: Batch, hidden_TI: torch.Tensor) -> list[SegmentResult]:
         stops = list(accumulate(len(segment.tokens) for segment in batch.segments))
-        ends = [stop - 1 for stop, at in zip(stops, batch.segments, strict=True) if at.sample]
-        drawn_from = hidden_TI if len(ends) == stops[-1] else hidden_TI[ends]
+        ends = _drawn_rows(batch)
+        drawn_from = hidden_TI if len(ends) == len(hidden_TI) else hidden_TI[ends]
         for segment in batch.segments:
             self._remember(segment)
         if all(self._takes_likeliest(segment) for segment in batch.segments):
@@ -288,3 +299,9 @@ class Stage:
             row = first_row + first
             logits_TV = self.logits(hidden_TI[row : row + len(targets)])
             yield from score(logits_TV, targets, segment.alternatives)
+
+
+def _drawn_rows(batch: Batch) -> list[int]:
+    """The last row of each segment after which a token is drawn."""
+    stops = accumulate(len(segment.tokens) for segment in batch.segments)
+    return [stop - 1 for stop, at in zip(stops, batch.segments, strict=True) if at.sample]

@@ -83,12 +83,15 @@ class BlockWeights:
 class Layers(Protocol):
     """Decoder blocks bound to a kernel set and to their pages."""
 
-    def run(self, x_TI: torch.Tensor, index: BatchIndex) -> torch.Tensor:
+    def run(
+        self, x_TI: torch.Tensor, index: BatchIndex, wanted: Sequence[int] | None = None
+    ) -> torch.Tensor:
         """Hidden states `[T, I]` after all blocks; writes the batch's keys and values.
 
-        `x_TI` may be overwritten, and may be what comes back. Of each block:
-        `x += attention(rms_norm(x) @ qkv.T) @ attn_output.T`, then
-        `x += gated_silu(rms_norm(x) @ gate_up.T) @ ffn_down.T`.
+        Of each block: `x += attention(rms_norm(x) @ qkv.T) @ attn_output.T`, then
+        `x += gated_silu(rms_norm(x) @ gate_up.T) @ ffn_down.T`. With `wanted`, ascending, only
+        those rows come back: the last block need not compute more of the others than keys and
+        values. `x_TI` may be overwritten, and may be what comes back.
         """
 
 

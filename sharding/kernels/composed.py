@@ -49,20 +49,31 @@ class ComposedLayers:
     weights: Sequence[BlockWeights]
     pages: Sequence[LayerPages]
 
-    def run(self, x_TI: torch.Tensor, index: BatchIndex) -> torch.Tensor:
+    def run(
+        self, x_TI: torch.Tensor, index: BatchIndex, wanted: Sequence[int] | None = None
+    ) -> torch.Tensor:
         """Block after block."""
-        for weights, pages in zip(self.weights, self.pages, strict=True):
-            x_TI = self._feed_forward(self._attend(x_TI, weights, index, pages), weights)
+        last = len(self.weights) - 1
+        blocks = zip(self.weights, self.pages, strict=True)
+        for number, (weights, pages) in enumerate(blocks):
+            q_TX, at = self._store(x_TI, weights, index, pages), index
+            if wanted is not None and number == last:
+                if not wanted:
+                    return x_TI[:0]
+                rows = list(wanted)
+                x_TI, q_TX, at = x_TI[rows], q_TX[rows], index.alone(rows)
+            mixed_TX = self.kernels.attention(q_TX, at, pages, weights.window)
+            x_TI = self.kernels.matmul(mixed_TX, weights.attn_output, x_TI)
+            x_TI = self._feed_forward(x_TI, weights)
         return x_TI
 
-    def _attend(
+    def _store(
         self, x_TI: torch.Tensor, weights: BlockWeights, index: BatchIndex, pages: LayerPages
     ) -> torch.Tensor:
-        kernels = self.kernels
-        normed_TI = kernels.rms_norm(x_TI, weights.attn_norm_I, weights.eps)
-        q_TX = kernels.rotate_and_store(kernels.matmul(normed_TI, weights.qkv), index, pages)
-        mixed_TX = kernels.attention(q_TX, index, pages, weights.window)
-        return kernels.matmul(mixed_TX, weights.attn_output, x_TI)
+        """The turned queries; keys and values go to their pages."""
+        normed_TI = self.kernels.rms_norm(x_TI, weights.attn_norm_I, weights.eps)
+        qkv_TX = self.kernels.matmul(normed_TI, weights.qkv)
+        return self.kernels.rotate_and_store(qkv_TX, index, pages)
 
     def _feed_forward(self, x_TI: torch.Tensor, weights: BlockWeights) -> torch.Tensor:
         kernels = self.kernels

@@ -187,13 +187,20 @@ class CPULayers:
             block.eps,
         )
 
-    def run(self, x_TI: torch.Tensor, index: BatchIndex) -> torch.Tensor:
+    def run(
+        self, x_TI: torch.Tensor, index: BatchIndex, wanted: Sequence[int] | None = None
+    ) -> torch.Tensor:
         """In place."""
         assert x_TI.shape == (index.n_tokens, self._hidden), x_TI.shape
         assert 2 * len(index.freqs_R) <= self._kept[1][0].head_dim, index.freqs_R.shape
-        x = _address(x_TI)
-        self._layers.run(x, _native_batch(index), x)
-        return x_TI
+        x, batch = _address(x_TI), _native_batch(index)
+        if wanted is None:
+            self._layers.run(x, batch, x)
+            return x_TI
+        rows = list(wanted)
+        assert rows == sorted(set(rows)) and all(0 <= row < len(x_TI) for row in rows), rows
+        self._layers.run_wanted(x, batch, rows, x)
+        return x_TI[: len(rows)]
 
 
 class CPUHead:

@@ -216,11 +216,13 @@ class GraphedLayers:
         self._ways = sorted({_way(block, pages) for block, pages in blocks})
         self._graphs = Graphs(kernels.device)
 
-    def run(self, x_TI: torch.Tensor, index: BatchIndex) -> torch.Tensor:
+    def run(
+        self, x_TI: torch.Tensor, index: BatchIndex, wanted: Sequence[int] | None = None
+    ) -> torch.Tensor:
         """Hidden states after all blocks; writes the batch's keys and values."""
         decoding = all(rows.stop - rows.first == 1 for rows in index.rows)
-        if not decoding or not 0 < len(x_TI) <= triton_products.FEW_TOKENS:
-            return self._composed.run(x_TI, index)
+        if wanted is not None or not decoding or not 0 < len(x_TI) <= triton_products.FEW_TOKENS:
+            return self._composed.run(x_TI, index, wanted)
         cuts = self._kernels.cuts(index, self._ways)
         if any(cut.chunks for cut in cuts):  # more heads share a kv head than are computed finely
             return self._composed.run(x_TI, index)

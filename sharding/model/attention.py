@@ -50,6 +50,19 @@ class BatchIndex:
         """The same for kernels there; `rows` stay on the host, which cuts the work by them."""
         return self if device == self.device else replace(self, device=device)
 
+    def alone(self, rows: Sequence[int]) -> BatchIndex:
+        """These rows, ascending, as a batch of single tokens."""
+        alone: list[Rows] = []
+        segments = iter(self.rows)
+        at = next(segments, None)
+        for row in rows:
+            while at is not None and row >= at.stop:
+                at = next(segments, None)
+            assert at is not None and row >= at.first, row
+            i = len(alone)
+            alone.append(Rows(i, i + 1, at.position + row - at.first, at.pages))
+        return replace(self, rows=tuple(alone))
+
     @property
     def n_tokens(self) -> int:
         """T."""

@@ -109,7 +109,7 @@ def test_a_stage_that_fails_ends_its_requests_with_the_reason(
 ) -> None:
     from sharding.stage import Stage
 
-    def broken(self: Stage, batch: Batch, hidden: object) -> None:
+    def broken(self: Stage, batch: Batch, *more: object) -> None:
         raise StageError("the device is on fire")
 
     with monkeypatch.context() as patch:

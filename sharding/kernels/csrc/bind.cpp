@@ -227,7 +227,14 @@ NB_MODULE(_cpu, m) {
         .def(
             "run",
             [](const Layers& self, Address x, const Batch& batch, Address y) {
-                run_layers(self.ops, self.all, at<float>(x), batch, at<float>(y));
+                run_layers(self.ops, self.all, at<float>(x), batch, nullptr, at<float>(y));
+            },
+            Release())
+        .def(
+            "run_wanted",
+            [](const Layers& self, Address x, const Batch& batch, const std::vector<int>& wanted,
+               Address y) {
+                run_layers(self.ops, self.all, at<float>(x), batch, &wanted, at<float>(y));
             },
             Release());
     bind_kernels(kernels);

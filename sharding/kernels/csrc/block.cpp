@@ -1,6 +1,7 @@
 #include "block.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "numbers.h"
 #include "pool.h"
@@ -24,15 +25,46 @@ struct Between {
     }
 };
 
+// Row rows[i] of x [T, width] becomes row i of y; y may be x, as rows ascend.
+void pick(const float* x, const std::vector<int>& rows, int width, float* y) {
+    const auto n = static_cast<size_t>(width);
+    for (size_t i = 0; i < rows.size(); ++i)
+        std::memmove(y + i * n, x + static_cast<size_t>(rows[i]) * n, n * sizeof(float));
+}
+
+// A segment for each of these rows, which follow one another.
+std::vector<Segment> alone(const std::vector<Segment>& segments, const std::vector<int>& rows) {
+    std::vector<Segment> picked;
+    auto at = segments.begin();
+    for (const int row : rows) {
+        while (row >= at->stop) ++at;
+        const int i = static_cast<int>(picked.size());
+        picked.push_back({i, i + 1, at->position + row - at->first, at->table});
+    }
+    return picked;
+}
+
+// `wanted`, if not null: the only rows of which more is computed than keys and values.
 void run_layer(const Ops& ops, const Layer& layer, const Weight* next, const float* x,
-               const Batch& batch, float* y) {
-    const int tokens = batch.turn().tokens, hidden = layer.qkv->cols();
+               const Batch& batch, const std::vector<int>* wanted, float* y) {
+    int tokens = batch.turn().tokens;
+    const int hidden = layer.qkv->cols();
     const Between at(layer, static_cast<size_t>(tokens));
     ops.rms_norm(x, tokens, hidden, layer.attention_norm.scale, layer.attention_norm.eps,
                  at.normed);
     matmul(ops, at.normed, tokens, *layer.qkv, nullptr, nullptr, at.wide);
     ops.rotate_and_store(at.wide, batch.turn(), layer.pages, at.q);
-    ops.attention(at.q, batch.segments(), layer.pages, layer.window, layer.output, at.mixed);
+    std::vector<Segment> picked;
+    if (wanted) {
+        if (wanted->empty()) return;
+        picked = alone(batch.segments(), *wanted);
+        pick(at.q, *wanted, layer.output->cols(), at.q);
+        pick(x, *wanted, hidden, y);
+        x = y;
+        tokens = static_cast<int>(wanted->size());
+    }
+    ops.attention(at.q, wanted ? picked : batch.segments(), layer.pages, layer.window, layer.output,
+                  at.mixed);
     matmul(ops, at.mixed, tokens, *layer.output, layer.gate_up, x, y);
     ops.rms_norm(y, tokens, hidden, layer.ffn_norm.scale, layer.ffn_norm.eps, at.normed);
     matmul(ops, at.normed, tokens, *layer.gate_up, layer.down, nullptr, at.wide);
@@ -43,11 +75,12 @@ void run_layer(const Ops& ops, const Layer& layer, const Weight* next, const flo
 }  // namespace
 
 void run_layers(const Ops& ops, const std::vector<Layer>& layers, const float* x,
-                const Batch& batch, float* y) {
+                const Batch& batch, const std::vector<int>* wanted, float* y) {
     const Pool::Run together(pool());
     for (size_t i = 0; i < layers.size(); ++i) {
-        const Weight* next = i + 1 < layers.size() ? layers[i + 1].qkv : nullptr;
-        run_layer(ops, layers[i], next, i ? y : x, batch, y);
+        const bool last = i + 1 == layers.size();
+        run_layer(ops, layers[i], last ? nullptr : layers[i + 1].qkv, i ? y : x, batch,
+                  last ? wanted : nullptr, y);
     }
 }
 

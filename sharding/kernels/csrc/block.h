@@ -26,8 +26,10 @@ struct Layer {
 // y [T, I] = x through all layers; y may be x.
 //     x += attention(norm(x) @ qkv^T) @ output^T
 //     x += (silu(gate) * up) @ down^T  with gate, up = norm(x) @ gate_up^T
+// `wanted`, if not null: rows of y that are wanted, ascending. They become its first rows, and the
+// last layer computes of the others keys and values alone.
 void run_layers(const Ops& ops, const std::vector<Layer>& layers, const float* x,
-                const Batch& batch, float* y);
+                const Batch& batch, const std::vector<int>* wanted, float* y);
 
 // What turns the last layer's hidden states into logits.
 struct Head {

@@ -3,16 +3,17 @@ or a prompt is cut may show in a result."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 
 from sharding.batch import Segment
 from sharding.gguf.reader import GGUFFile
-from sharding.kernels import BlockWeights, Weight, _cpu
+from sharding.kernels import BlockWeights, Layers, Weight, _cpu
 from sharding.kernels.composed import ComposedLayers
 from sharding.kernels.cpu import CPUKernels, use_threads
+from sharding.model.kv_cache import LayerPages
 from tests.sharding.kernels.instruction_sets import KERNELS
 from tests.sharding.kernels.world import (
     FLOATS,
@@ -153,15 +154,13 @@ def test_attention_does_not_see_who_else_is_in_the_batch(isa: str) -> None:
         first += tokens
 
 
-@on_every_instruction_set
-@pytest.mark.parametrize("tokens", [1, 2, 13])
-def test_blocks_in_one_call_are_their_kernels_one_by_one(isa: str, tokens: int) -> None:
-    kernels, heads = KERNELS[isa], Heads(4, 2, 64, 64)
+def three_blocks(kernels: CPUKernels) -> list[BlockWeights]:
+    """Of 4 heads and 2 kv heads of 64 numbers, two of them with a window."""
 
     def weight(name: str, rows: int, cols: int, seed: int) -> Weight:
         return kernels.pack(file_of(w=(name, random_raw(name, rows, cols, seed))), ["w"])
 
-    weights = [
+    return [
         BlockWeights(
             attn_norm_I=normal(256, seed=seed),
             qkv=weight("Q5_K", 512, 256, seed),
@@ -174,16 +173,33 @@ def test_blocks_in_one_call_are_their_kernels_one_by_one(isa: str, tokens: int) 
         )
         for seed in range(3)
     ]
-    pages = [random_pages(heads, 32, seed=seed) for seed in range(3)]
-    again = [random_pages(heads, 32, seed=seed) for seed in range(3)]
-    index, x_TI = index_of(heads, [(0, 10, tokens)], 32), normal(tokens, 256)
-    found = kernels.layers(weights, pages).run(x_TI.clone(), index)
-    expected = ComposedLayers(kernels, weights, again).run(x_TI, index)
-    assert expected.isfinite().all()
-    assert torch.equal(found, expected)
-    for one, other in zip(pages, again, strict=True):
-        assert torch.equal(one.k_PGDS, other.k_PGDS)
-        assert torch.equal(one.v_PGSD, other.v_PGSD)
+
+
+@on_every_instruction_set
+@pytest.mark.parametrize("tokens", [1, 2, 13])
+def test_blocks_in_one_call_are_their_kernels_one_by_one(isa: str, tokens: int) -> None:
+    """All rows, or the last block for some of them alone."""
+    kernels, heads = KERNELS[isa], Heads(4, 2, 64, 64)
+    weights = three_blocks(kernels)
+    index = index_of(heads, [(0, 10, tokens), (1, 3, 2)], 32)
+    x_TI = normal(tokens + 2, 256)
+
+    def run(make: Callable[..., Layers], wanted: list[int] | None) -> list[torch.Tensor]:
+        pages = [random_pages(heads, 32, requests=2, seed=seed) for seed in range(3)]
+        y_TI = make(weights, pages).run(x_TI.clone(), index, wanted)
+        return [y_TI, *(part for at in pages for part in (at.k_PGDS, at.v_PGSD))]
+
+    def composed(blocks: Sequence[BlockWeights], pages: Sequence[LayerPages]) -> Layers:
+        return ComposedLayers(kernels, blocks, pages)
+
+    all_rows = run(kernels.layers, None)
+    assert all_rows[0].isfinite().all()
+    for wanted in (None, [], [0], [tokens - 1, tokens + 1], list(range(tokens + 2))):
+        rows = range(tokens + 2) if wanted is None else wanted
+        expected = [all_rows[0][list(rows)], *all_rows[1:]]
+        for make in (kernels.layers, composed):
+            for found, tensor in zip(run(make, wanted), expected, strict=True):
+                assert torch.equal(found, tensor), (make, wanted)
 
 
 def tiny(name: str) -> GGUFFile:
