@@ -20,7 +20,9 @@ X86 = platform.machine() in ("x86_64", "AMD64")
 
 COMMON = ["-std=c++20", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall"]
 # Contraction would fuse what the source does not, differently in each compiler.
-COMMON += ["-ffp-contract=off", "-fno-strict-aliasing", "-Wno-maybe-uninitialized"]
+COMMON += ["-ffp-contract=off", "-fno-strict-aliasing"]
+# GCC 12 warns of its own headers for AVX-512.
+COMMON += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 OF_FILE = {

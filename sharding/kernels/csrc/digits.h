@@ -32,120 +32,172 @@ constexpr int top(const Layout& f) { return 127 - room(f); }
 //     sums     [group][N] words: what the three sums start at, and s times the sum of X
 //     anchors  [chunk][N] three floats
 struct Prepared {
-    const int32_t *digits, *sums;
-    const float* anchors;
+    int32_t *digits, *sums;
+    float* anchors;
 
     // From one chunk to the next, in words.
     static constexpr int stride(int tokens) { return STEPS * 4 * tokens; }
+    // From tile i on.
+    template <Layout F>
+    Prepared tile(int i, int chunks) const {
+        const size_t before = static_cast<size_t>(i) * TILE * chunks;
+        return {digits + before * STEPS * 4, sums + before * F.groups * 4,
+                anchors + before * DIGITS};
+    }
 };
 
-// Words 0 to 3 of the four quarters, added up.
-inline __m128i quarters(__m512i a) {
-    const __m256i half =
-        _mm256_add_epi32(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1));
-    return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+// Quarter i of output j is quarter j of input i.
+inline void transpose(const __m512i (&in)[4], __m512i* out) {
+    const __m512i a = _mm512_shuffle_i32x4(in[0], in[1], 0x44);
+    const __m512i b = _mm512_shuffle_i32x4(in[2], in[3], 0x44);
+    const __m512i c = _mm512_shuffle_i32x4(in[0], in[1], 0xee);
+    const __m512i d = _mm512_shuffle_i32x4(in[2], in[3], 0xee);
+    out[0] = _mm512_shuffle_i32x4(a, b, 0x88);
+    out[1] = _mm512_shuffle_i32x4(a, b, 0xdd);
+    out[2] = _mm512_shuffle_i32x4(c, d, 0x88);
+    out[3] = _mm512_shuffle_i32x4(c, d, 0xdd);
 }
 
-// 16 numbers as words X0 X1 X2 0 of each four.
+// 16 numbers as words X0 X1 X2 0 of each four; zeros if the scale is.
 inline __m512i digits_of(V x, V scale) {
-    const __m512i transpose = _mm512_maskz_broadcast_i32x4(
-        0xffff, _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
-    const __m512i bias = _mm512_set1_epi32(0x808080);
-    const __m512i fixed = _mm512_cvtps_epi32(mul(x, scale).v);
-    // Carries make each byte its digit plus 128; the fourth stays zero, X has 24 bits.
+    const __m512i turn = _mm512_maskz_broadcast_i32x4(
+        0xffff, _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, -1, -1, -1, -1));
+    const __m512i bias = _mm512_set1_epi32(0x808080), bits = _mm512_castps_si512(scale.v);
+    const __m512i fixed =
+        _mm512_maskz_cvtps_epi32(_mm512_test_epi32_mask(bits, bits), mul(x, scale).v);
+    // Carries make each byte its digit plus 128.
     const __m512i balanced = _mm512_xor_si512(_mm512_add_epi32(fixed, bias), bias);
-    return _mm512_shuffle_epi8(_mm512_and_si512(balanced, _mm512_set1_epi32(0xffffff)), transpose);
+    return _mm512_shuffle_epi8(balanced, turn);
 }
 
-// The power of two that makes the largest of a chunk fill 24 bits, and its inverse times 2^-RAISE;
-// 0 and NaN where a number is not finite.
+inline __m512i larger(__m512i a, __m512i b) { return _mm512_max_epu32(a, b); }
+
+// Bits of the larger of two numbers, without their signs, lane by lane.
+inline __m512i magnitude(V a, V b) {
+    const __m512i most = _mm512_set1_epi32(0x7fffffff);
+    return larger(_mm512_and_si512(_mm512_castps_si512(a.v), most),
+                  _mm512_and_si512(_mm512_castps_si512(b.v), most));
+}
+
+// The powers of two that make the largest of each of four chunks fill 24 bits, and their inverses
+// times 2^-RAISE, a chunk in each quarter; 0 and NaN where a number is not finite.
 struct Fixing {
-    float up, down;
+    __m512i up, down;
+
+    V up_of(int chunk) const {
+        const __m512i lane = _mm512_set1_epi32(4 * chunk);
+        return {_mm512_castsi512_ps(_mm512_permutexvar_epi32(lane, up))};
+    }
 };
 template <Layout F>
-inline Fixing fixing(V a, V b) {
-    const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
-    const uint32_t largest = _mm512_reduce_max_epu32(
-        _mm512_max_epu32(_mm512_and_si512(_mm512_castps_si512(a.v), magnitude),
-                         _mm512_and_si512(_mm512_castps_si512(b.v), magnitude)));
-    if (largest >= 0x7f800000u) return {0.0f, bits_to_f32(0x7fc00000u)};
+inline Fixing fixing(const __m512i (&magnitudes)[4]) {
+    __m512i part[4];
+    transpose(magnitudes, part);
+    __m512i most = larger(larger(part[0], part[1]), larger(part[2], part[3]));
+    most = larger(most, _mm512_shuffle_epi32(most, _MM_PERM_BADC));
+    most = larger(most, _mm512_shuffle_epi32(most, _MM_PERM_CDAB));
     // X reaches top * 65536 + 0x7f7f: beyond it, the next power. So large that the inverse is a
     // normal number.
-    constexpr uint32_t beyond = 0xffffff - 2 * (top(F) * 65536 + 0x7f7f);
-    const uint32_t exponent = std::max((largest + beyond) >> 23, 23u + RAISE);
-    return {bits_to_f32((276 - exponent) << 23), bits_to_f32((exponent - 22 - RAISE) << 23)};
+    constexpr int beyond = 0xffffff - 2 * (top(F) * 65536 + 0x7f7f);
+    const __m512i exponent =
+        larger(_mm512_srli_epi32(_mm512_add_epi32(most, _mm512_set1_epi32(beyond)), 23),
+               _mm512_set1_epi32(23 + RAISE));
+    const __mmask16 finite = _mm512_cmplt_epu32_mask(most, _mm512_set1_epi32(0x7f800000));
+    const __m512i up = _mm512_sub_epi32(_mm512_set1_epi32(276), exponent);
+    const __m512i down = _mm512_sub_epi32(exponent, _mm512_set1_epi32(22 + RAISE));
+    return {_mm512_maskz_slli_epi32(finite, up, 23),
+            _mm512_mask_slli_epi32(_mm512_set1_epi32(0x7fc00000), finite, down, 23)};
 }
 
-// Eight steps' digits, as pairs want them.
-template <Layout F>
-inline __m512i for_pairs(__m512i digits) {
-    constexpr int more = top(F) * 0x01010101;
-    constexpr int less = static_cast<int>((256u - room(F)) * 0x01010101u);
-    const __m512i by =
-        _mm512_setr_epi32(0, 0, more, 0, 0, 0, less, 0, 0, 0, more, 0, 0, 0, less, 0);
-    return _mm512_add_epi8(digits, by);
+// A quarter of each register: a chunk's lanes X0 X1 X2 0.
+inline __m512i each_quarter(int a, int b, int c, int d) {
+    return _mm512_setr_epi32(a, b, c, d, a, b, c, d, a, b, c, d, a, b, c, d);
 }
 
-// Adds to word 3 of `sums` what products of pairs have too much for their digits.
-inline __m512i add_pairs(__m512i sums, __m512i digits) {
-    const __m512i even = _mm512_setr_epi32(0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 10, 0, 0, 0, 0);
-    const __m512i odd = _mm512_setr_epi32(0, 0, 0, 6, 0, 0, 0, 0, 0, 0, 0, 14, 0, 0, 0, 0);
-    return _mm512_dpbusd_epi32(sums, _mm512_maskz_permutexvar_epi32(0x0808, even, digits),
-                               _mm512_maskz_permutexvar_epi32(0x0808, odd, digits));
-}
-
+// What sums of a group's steps start at, and what they come to: see Prepared. Makes pairs of the
+// steps, where they are wanted.
 template <Layout F, bool PAIRED>
-inline void prepare_chunk(const float* x, int tile, int32_t* digits, int32_t* sums,
-                          float* anchors) {
-    const V a = load(x), b = load(x + 16);
-    const Fixing fix = fixing<F>(a, b);
-    __m512i low = _mm512_setzero_si512(), high = low;
-    if (fix.up != 0.0f) {
-        low = digits_of(a, splat(fix.up));
-        high = digits_of(b, splat(fix.up));
-    }
-    const __m512i none = _mm512_setzero_si512(), ones = _mm512_set1_epi8(1);
-    __m512i low_sums = _mm512_dpbusd_epi32(none, ones, low),
-            high_sums = _mm512_dpbusd_epi32(none, ones, high);
+inline __m512i group_sums(__m512i* steps, const Fixing& fix, V anchors) {
+    constexpr int n = STEPS / F.groups;
+    __m512i words = _mm512_setzero_si512();
+    for (int s = 0; s < n; ++s) words = _mm512_dpbusd_epi32(words, _mm512_set1_epi8(1), steps[s]);
+    __m512i start = _mm512_castps_si512(anchors.v);
+    if constexpr (bias(F) != 0)
+        start = _mm512_sub_epi32(start, _mm512_mullo_epi32(words, _mm512_set1_epi32(bias(F))));
     if constexpr (PAIRED) {
-        low = for_pairs<F>(low);
-        high = for_pairs<F>(high);
-        low_sums = add_pairs(low_sums, low);
-        high_sums = add_pairs(high_sums, high);
+        const __m512i more = each_quarter(0, 0, top(F) * 0x01010101, 0);
+        const __m512i less = each_quarter(0, 0, room(F) * 0x01010101, 0);
+        __m512i products = _mm512_setzero_si512();
+        for (int s = 0; s < n; s += 2) {
+            steps[s] = _mm512_add_epi8(steps[s], more);
+            steps[s + 1] = _mm512_sub_epi8(steps[s + 1], less);
+            products = _mm512_dpbusd_epi32(products, steps[s], steps[s + 1]);
+        }
+        start = _mm512_mask_sub_epi32(start, 0x4444, start, products);
     }
-    for (int d = 0; d < DIGITS; ++d)
-        anchors[d] = ANCHOR * static_cast<float>(1 << 8 * d) * fix.down;
-    const auto put = [&](int step, __m128i word) {
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(digits + step * 4 * tile), word);
-    };
-    put(0, _mm512_castsi512_si128(low));
-    put(1, _mm512_extracti32x4_epi32(low, 1));
-    put(2, _mm512_extracti32x4_epi32(low, 2));
-    put(3, _mm512_extracti32x4_epi32(low, 3));
-    put(4, _mm512_castsi512_si128(high));
-    put(5, _mm512_extracti32x4_epi32(high, 1));
-    put(6, _mm512_extracti32x4_epi32(high, 2));
-    put(7, _mm512_extracti32x4_epi32(high, 3));
-    const auto put_sums = [&](int32_t* to, __m512i of) {
-        alignas(16) int32_t word[4];
-        _mm_store_si128(reinterpret_cast<__m128i*>(word), quarters(of));
-        const int32_t total = word[2] * 65536 + word[1] * 256 + word[0];
-        for (int d = 0; d < DIGITS; ++d)
-            to[d] = static_cast<int32_t>(f32_to_bits(anchors[d])) - bias(F) * word[d];
-        to[DIGITS - 1] -= word[3];
-        const float x_sum = static_cast<float>(total) * fix.down;
-        std::memcpy(to + DIGITS, &x_sum, sizeof x_sum);
-    };
-    if constexpr (F.groups == 1) {
-        put_sums(sums, _mm512_add_epi32(low_sums, high_sums));
-    } else {
-        put_sums(sums, low_sums);
-        put_sums(sums + 4 * tile, high_sums);
+    __m512i total = _mm512_sllv_epi32(words, each_quarter(0, 8, 16, 0));
+    total = _mm512_add_epi32(total, _mm512_shuffle_epi32(total, _MM_PERM_BADC));
+    total = _mm512_add_epi32(total, _mm512_shuffle_epi32(total, _MM_PERM_CDAB));
+    const V x_sum = mul({_mm512_cvtepi32_ps(total)}, {_mm512_castsi512_ps(fix.down)});
+    return _mm512_mask_blend_epi32(0x8888, start, _mm512_castps_si512(x_sum.v));
+}
+
+// Writes `n` runs of N quarters, `apart` words from one another.
+template <int N>
+inline void put_quarters(__m512i from, int n, int apart, int32_t* to) {
+    if constexpr (N == 4) return _mm512_storeu_si512(to, from);
+    constexpr int lanes = 4 * N;
+    for (int i = 0; i < n; ++i) {
+        const auto run = static_cast<__mmask16>(((1u << lanes) - 1) << i * lanes);
+        _mm512_mask_storeu_epi32(to + i * (apart - lanes), run, from);
     }
 }
 
-// The sizes of tiles that exist: three tokens take four.
-constexpr int tile_for(int tokens) { return tokens >= 3 ? 4 : tokens; }
+// Digits of N tokens in 4 / N chunks, the first `chunks` of which there are; chunk after chunk,
+// token after token.
+template <Layout F, bool PAIRED, int N>
+inline void prepare_some(const float* const (&x)[4], int chunks, int32_t* digits, int32_t* sums,
+                         float* anchors) {
+    __m512i magnitudes[4], low[4], high[4], steps[STEPS];
+    for (int i = 0; i < 4; ++i) magnitudes[i] = magnitude(load(x[i]), load(x[i] + LANES));
+    const Fixing fix = fixing<F>(magnitudes);
+    for (int i = 0; i < 4; ++i) {
+        low[i] = digits_of(load(x[i]), fix.up_of(i));
+        high[i] = digits_of(load(x[i] + LANES), fix.up_of(i));
+    }
+    transpose(low, steps);
+    transpose(high, steps + 4);
+    const float one = ANCHOR, more = 256 * one, most = 65536 * one;
+    const V units{_mm512_setr_ps(one, more, most, 0, one, more, most, 0, one, more, most, 0, one,
+                                 more, most, 0)};
+    const V starts = mul(units, {_mm512_castsi512_ps(fix.down)});
+    store_first(anchors, {_mm512_maskz_compress_ps(0x7777, starts.v)}, DIGITS * N * chunks);
+    for (int g = 0; g < F.groups; ++g)
+        put_quarters<N>(group_sums<F, PAIRED>(steps + g * STEPS / F.groups, fix, starts), chunks,
+                        F.groups * N * 4, sums + g * N * 4);
+    for (int s = 0; s < STEPS; ++s)
+        put_quarters<N>(steps[s], chunks, Prepared::stride(N), digits + s * N * 4);
+}
+
+// The sizes of tiles that exist: three tokens take four, and so does what is left of many.
+constexpr int tile_for(int tokens, bool paired) { return paired || tokens >= 3 ? 4 : tokens; }
+
+// Tokens that fill up a tile are copies of the last, chunks that fill up a step are too.
+template <Layout F, bool PAIRED, int N>
+inline void prepare_tile(const float* x, int tokens, int cols, const Prepared& to) {
+    constexpr int at_once = 4 / N;
+    const int chunks = cols / CHUNK;
+    for (int c = 0; c < chunks; c += at_once) {
+        const float* from[4];
+        for (int i = 0; i < 4; ++i) {
+            const int token = std::min(i % N, tokens - 1), chunk = std::min(c + i / N, chunks - 1);
+            from[i] = x + static_cast<size_t>(token) * cols + chunk * CHUNK;
+        }
+        prepare_some<F, PAIRED, N>(from, std::min(at_once, chunks - c),
+                                   to.digits + c * Prepared::stride(N),
+                                   to.sums + c * F.groups * N * 4, to.anchors + c * N * DIGITS);
+    }
+}
 
 template <Layout F, bool PAIRED>
 inline Prepared prepare(const float* x, const Part& part, int tokens, Scratch<int32_t>& scratch) {
@@ -153,24 +205,24 @@ inline Prepared prepare(const float* x, const Part& part, int tokens, Scratch<in
     const size_t rows = static_cast<size_t>(tiles) * TILE * chunks;
     int32_t* digits = scratch.at_least(rows * (STEPS * 4 + F.groups * 4 + DIGITS));
     int32_t* sums = digits + rows * STEPS * 4;
-    float* anchors = reinterpret_cast<float*>(sums + rows * F.groups * 4);
+    const Prepared all{digits, sums, reinterpret_cast<float*>(sums + rows * F.groups * 4)};
     const bool shared = tokens * part.cols > POINTWISE_ELEMENTS;
     pool().run(shared ? tiles : 1, [&](int task) {
         for (int i = task; i < (shared ? task + 1 : tiles); ++i) {
-            const int left = std::min(TILE, tokens - i * TILE), tile = tile_for(left);
-            const size_t before = static_cast<size_t>(i) * TILE * chunks;
-            for (int t = 0; t < tile; ++t) {
-                // Tokens that fill up a tile are copies of the last.
-                const float* row =
-                    x + (static_cast<size_t>(i) * TILE + std::min(t, left - 1)) * part.cols;
-                for (int c = 0; c < chunks; ++c)
-                    prepare_chunk<F, PAIRED>(
-                        row + c * CHUNK, tile,
-                        digits + before * STEPS * 4 + (c * STEPS * tile + t) * 4,
-                        sums + (before * F.groups + c * F.groups * tile + t) * 4,
-                        anchors + (before + c * tile + t) * DIGITS);
+            const float* from = x + static_cast<size_t>(i) * TILE * part.cols;
+            const int left = std::min(TILE, tokens - i * TILE);
+            const Prepared to = all.tile<F>(i, chunks);
+            switch (tile_for(left, PAIRED)) {
+                case 1:
+                    prepare_tile<F, false, 1>(from, left, part.cols, to);
+                    break;
+                case 2:
+                    prepare_tile<F, false, 2>(from, left, part.cols, to);
+                    break;
+                default:
+                    prepare_tile<F, PAIRED, 4>(from, left, part.cols, to);
             }
         }
     });
-    return {digits, sums, anchors};
+    return all;
 }

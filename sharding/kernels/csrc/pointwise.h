@@ -87,12 +87,19 @@ inline void gated_silu(const float* x, int tokens, int width, float* y) {
 inline void rotate_head(const float* x, const float* cosines, const float* sines, const Turn& turn,
                         int dim, float* y) {
     const int apart = turn.adjacent ? 1 : turn.pairs, step = turn.adjacent ? 2 : 1;
-    for (int i = 0; i < turn.pairs; ++i) {
+    int i = 0;
+    for (; !turn.adjacent && i + LANES <= turn.pairs; i += LANES) {
+        const V a = load(x + i), b = load(x + i + apart);
+        const V cosine = load(cosines + i), sine = load(sines + i);
+        store(y + i, sub(mul(a, cosine), mul(b, sine)));
+        store(y + i + apart, add(mul(a, sine), mul(b, cosine)));
+    }
+    for (; i < turn.pairs; ++i) {
         const float a = x[i * step], b = x[i * step + apart];
         y[i * step] = a * cosines[i] - b * sines[i];
         y[i * step + apart] = a * sines[i] + b * cosines[i];
     }
-    for (int i = 2 * turn.pairs; i < dim; ++i) y[i] = x[i];
+    for (i = 2 * turn.pairs; i < dim; ++i) y[i] = x[i];
 }
 
 inline void to_halves(const float* x, int n, uint16_t* y) {
@@ -133,7 +140,8 @@ inline void rotate_and_store(const float* qkv, const Turn& turn, const Pages& pa
     });
 }
 
-// The largest of a run of elements is sought lane by lane, then the run that has it, then the place.
+// The largest of a run of elements is sought lane by lane, then the run that has it, then the
+// place.
 inline int64_t argmax(const float* x, int n) {
     constexpr int RUN = 64 * LANES;
     float best = -INFINITY;

@@ -201,20 +201,17 @@ struct Meeting {
 
     template <class Panels>
     void tile(int i, int panel, const Panels& w, int units) const {
-        const size_t before = static_cast<size_t>(i) * TILE * (part.padded_cols() / CHUNK);
-        const Prepared some{x.digits + before * STEPS * 4, x.sums + before * F.groups * 4,
-                            x.anchors + before * DIGITS};
+        const Prepared some = x.tile<F>(i, part.padded_cols() / CHUNK);
         const int token = i * TILE, row = panel * LANES;
-        switch (tile_for(std::min(TILE, target.tokens - token))) {
-            case 1:
-                stream<1>(w, units, some, target, token, row);
-                break;
-            case 2:
-                stream<2>(w, units, some, target, token, row);
-                break;
-            default:
-                stream<TILE>(w, units, some, target, token, row);
+        if constexpr (!PAIRED) {
+            switch (tile_for(std::min(TILE, target.tokens - token), PAIRED)) {
+                case 1:
+                    return stream<1>(w, units, some, target, token, row);
+                case 2:
+                    return stream<2>(w, units, some, target, token, row);
+            }
         }
+        stream<TILE>(w, units, some, target, token, row);
     }
 };
 
