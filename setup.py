@@ -27,7 +27,7 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 OF_FILE = {
     "avx512.cpp": ["-O3", *(AVX512 if X86 else [])],
-    "avx512_vnni.cpp": ["-O3", *([*AVX512, "-mavx512vnni"] if X86 else [])],
+    "avx512_vnni.cpp": ["-O3", *([*AVX512, "-mavx512vnni", "-fno-schedule-insns2"] if X86 else [])],
     "avx2.cpp": ["-O3", *(AVX2 if X86 else [])],
     "portable.cpp": ["-O2", "-ftree-vectorize"],
     "weight.cpp": ["-O3"],

@@ -17,6 +17,7 @@ namespace {
 
 #include "simd_avx512.h"
 #include "decode.h"
+#include "functions.h"
 #include "target.h"
 #include "digits.h"
 #include "panels.h"
@@ -31,6 +32,7 @@ const Ops& avx512_vnni_ops() {
         own.name = "avx512_vnni";
         own.order = Order::Bytes;
         own.matmul = avx512_vnni::matmul;
+        own.gated_matmul = avx512_vnni::gated_matmul;
         own.embed_row = avx512_vnni::embed_row;
         return own;
     }();

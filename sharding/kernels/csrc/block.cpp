@@ -68,8 +68,7 @@ void run_layer(const Ops& ops, const Layer& layer, const Weight* next, const flo
     matmul(ops, at.mixed, tokens, *layer.output, layer.gate_up, x, y);
     ops.rms_norm(y, tokens, hidden, layer.ffn_norm.scale, layer.ffn_norm.eps, at.normed);
     matmul(ops, at.normed, tokens, *layer.gate_up, layer.down, nullptr, at.wide);
-    ops.gated_silu(at.wide, tokens, layer.down->cols(), at.q);
-    matmul(ops, at.q, tokens, *layer.down, next, y, y);
+    gated_matmul(ops, at.wide, tokens, *layer.down, next, y, at.q, y);
 }
 
 }  // namespace

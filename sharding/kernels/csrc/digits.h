@@ -153,17 +153,42 @@ inline void put_quarters(__m512i from, int n, int apart, int32_t* to) {
     }
 }
 
-// Digits of N tokens in 4 / N chunks, the first `chunks` of which there are; chunk after chunk,
-// token after token.
-template <Layout F, bool PAIRED, int N>
-inline void prepare_some(const float* const (&x)[4], int chunks, int32_t* digits, int32_t* sums,
-                         float* anchors) {
+// Where activations come from: rows of them, or of gates and then ups, whose gated product they
+// are.
+struct Activations {
+    const float* x;
+    int tokens, cols;
+    bool gated;
+
+    const float* at(int token, int column) const {
+        return x + static_cast<size_t>(token) * cols * (gated ? 2 : 1) + column;
+    }
+    Activations from(int token) const { return {at(token, 0), tokens - token, cols, gated}; }
+    template <bool GATED>
+    V load_at(const float* of) const {
+        if constexpr (GATED) return mul(silu(load(of)), load(of + cols));
+        else return load(of);
+    }
+};
+
+// Digits of the first N tokens in 4 / N chunks from chunk c on; chunk after chunk, token after
+// token. Tokens that fill up a tile are copies of the last; chunks beyond the last are not stored.
+template <Layout F, bool PAIRED, bool GATED, int N>
+inline void prepare_some(const Activations& rows, int c, const Prepared& to) {
+    const int last = rows.cols / CHUNK - 1, chunks = std::min(4 / N, last + 1 - c);
+    V x[4][2];
     __m512i magnitudes[4], low[4], high[4], steps[STEPS];
-    for (int i = 0; i < 4; ++i) magnitudes[i] = magnitude(load(x[i]), load(x[i] + LANES));
+    for (int i = 0; i < 4; ++i) {
+        const int token = std::min(i % N, rows.tokens - 1), chunk = std::min(c + i / N, last);
+        const float* of = rows.at(token, chunk * CHUNK);
+        x[i][0] = rows.load_at<GATED>(of);
+        x[i][1] = rows.load_at<GATED>(of + LANES);
+        magnitudes[i] = magnitude(x[i][0], x[i][1]);
+    }
     const Fixing fix = fixing<F>(magnitudes);
     for (int i = 0; i < 4; ++i) {
-        low[i] = digits_of(load(x[i]), fix.up_of(i));
-        high[i] = digits_of(load(x[i] + LANES), fix.up_of(i));
+        low[i] = digits_of(x[i][0], fix.up_of(i));
+        high[i] = digits_of(x[i][1], fix.up_of(i));
     }
     transpose(low, steps);
     transpose(high, steps + 4);
@@ -171,58 +196,50 @@ inline void prepare_some(const float* const (&x)[4], int chunks, int32_t* digits
     const V units{_mm512_setr_ps(one, more, most, 0, one, more, most, 0, one, more, most, 0, one,
                                  more, most, 0)};
     const V starts = mul(units, {_mm512_castsi512_ps(fix.down)});
-    store_first(anchors, {_mm512_maskz_compress_ps(0x7777, starts.v)}, DIGITS * N * chunks);
+    store_first(to.anchors + c * N * DIGITS, {_mm512_maskz_compress_ps(0x7777, starts.v)},
+                DIGITS * N * chunks);
     for (int g = 0; g < F.groups; ++g)
         put_quarters<N>(group_sums<F, PAIRED>(steps + g * STEPS / F.groups, fix, starts), chunks,
-                        F.groups * N * 4, sums + g * N * 4);
+                        F.groups * N * 4, to.sums + (c * F.groups + g) * N * 4);
     for (int s = 0; s < STEPS; ++s)
-        put_quarters<N>(steps[s], chunks, Prepared::stride(N), digits + s * N * 4);
+        put_quarters<N>(steps[s], chunks, Prepared::stride(N),
+                        to.digits + c * Prepared::stride(N) + s * N * 4);
 }
 
 // The sizes of tiles that exist: three tokens take four, and so does what is left of many.
 constexpr int tile_for(int tokens, bool paired) { return paired || tokens >= 3 ? 4 : tokens; }
 
-// Tokens that fill up a tile are copies of the last, chunks that fill up a step are too.
 template <Layout F, bool PAIRED, int N>
-inline void prepare_tile(const float* x, int tokens, int cols, const Prepared& to) {
-    constexpr int at_once = 4 / N;
-    const int chunks = cols / CHUNK;
-    for (int c = 0; c < chunks; c += at_once) {
-        const float* from[4];
-        for (int i = 0; i < 4; ++i) {
-            const int token = std::min(i % N, tokens - 1), chunk = std::min(c + i / N, chunks - 1);
-            from[i] = x + static_cast<size_t>(token) * cols + chunk * CHUNK;
-        }
-        prepare_some<F, PAIRED, N>(from, std::min(at_once, chunks - c),
-                                   to.digits + c * Prepared::stride(N),
-                                   to.sums + c * F.groups * N * 4, to.anchors + c * N * DIGITS);
+inline void prepare_tile(const Activations& rows, const Prepared& to) {
+    for (int c = 0; c < rows.cols / CHUNK; c += 4 / N) {
+        if (rows.gated) prepare_some<F, PAIRED, true, N>(rows, c, to);
+        else prepare_some<F, PAIRED, false, N>(rows, c, to);
     }
 }
 
 template <Layout F, bool PAIRED>
-inline Prepared prepare(const float* x, const Part& part, int tokens, Scratch<int32_t>& scratch) {
-    const int chunks = part.padded_cols() / CHUNK, tiles = (tokens + TILE - 1) / TILE;
+inline Prepared prepare(const Activations& all, Scratch<int32_t>& scratch) {
+    const int chunks = all.cols / CHUNK, tiles = (all.tokens + TILE - 1) / TILE;
     const size_t rows = static_cast<size_t>(tiles) * TILE * chunks;
     int32_t* digits = scratch.at_least(rows * (STEPS * 4 + F.groups * 4 + DIGITS));
     int32_t* sums = digits + rows * STEPS * 4;
-    const Prepared all{digits, sums, reinterpret_cast<float*>(sums + rows * F.groups * 4)};
-    const bool shared = tokens * part.cols > POINTWISE_ELEMENTS;
+    const Prepared out{digits, sums, reinterpret_cast<float*>(sums + rows * F.groups * 4)};
+    const bool shared = all.tokens * all.cols > POINTWISE_ELEMENTS;
     pool().run(shared ? tiles : 1, [&](int task) {
         for (int i = task; i < (shared ? task + 1 : tiles); ++i) {
-            const float* from = x + static_cast<size_t>(i) * TILE * part.cols;
-            const int left = std::min(TILE, tokens - i * TILE);
-            const Prepared to = all.tile<F>(i, chunks);
-            switch (tile_for(left, PAIRED)) {
+            const Activations some = all.from(i * TILE);
+            const Prepared to = out.tile<F>(i, chunks);
+            switch (tile_for(some.tokens, PAIRED)) {
                 case 1:
-                    prepare_tile<F, false, 1>(from, left, part.cols, to);
+                    prepare_tile<F, false, 1>(some, to);
                     break;
                 case 2:
-                    prepare_tile<F, false, 2>(from, left, part.cols, to);
+                    prepare_tile<F, false, 2>(some, to);
                     break;
                 default:
-                    prepare_tile<F, PAIRED, 4>(from, left, part.cols, to);
+                    prepare_tile<F, PAIRED, 4>(some, to);
             }
         }
     });
-    return all;
+    return out;
 }

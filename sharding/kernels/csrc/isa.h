@@ -20,6 +20,7 @@ namespace {
 
 #include LONGSPAN_SIMD
 #include "decode.h"
+#include "functions.h"
 #include "target.h"
 #include "matmul.h"
 #include "pointwise.h"
@@ -32,6 +33,6 @@ const Ops LONGSPAN_OPS{LONGSPAN_ISA::ISA_NAME,         Order::Values,
                        LONGSPAN_ISA::matmul,           LONGSPAN_ISA::embed_row,
                        LONGSPAN_ISA::rms_norm,         LONGSPAN_ISA::gated_silu,
                        LONGSPAN_ISA::rotate_and_store, LONGSPAN_ISA::attention,
-                       LONGSPAN_ISA::argmax};
+                       LONGSPAN_ISA::argmax,           nullptr};
 
 }  // namespace longspan

@@ -34,6 +34,17 @@ void matmul(const Ops& ops, const float* x, int tokens, const Weight& weight, co
     }
 }
 
+void gated_matmul(const Ops& ops, const float* x, int tokens, const Weight& weight,
+                  const Weight* next, const float* residual, float* gated, float* y) {
+    if (tokens == 0) return;
+    const Part& first = weight.parts()[0];
+    if (ops.gated_matmul && weight.parts().size() == 1 && is_quantised(first.layout))
+        return ops.gated_matmul(x, first, next,
+                                {residual, y, weight.rows(), 0, weight.rows(), tokens});
+    ops.gated_silu(x, tokens, weight.cols(), gated);
+    matmul(ops, gated, tokens, weight, next, residual, y);
+}
+
 void embed(const Ops& ops, const Weight& weight, const std::vector<int64_t>& ids, float* y) {
     pool().run(static_cast<int>(ids.size()), [&](int t) {
         int64_t row = ids[static_cast<size_t>(t)];

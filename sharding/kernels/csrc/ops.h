@@ -67,6 +67,9 @@ struct Ops {
                       int window, const Weight* next, float* y);
     // Where the largest of x[n] is, the first of equals; -1 unless all are finite.
     int64_t (*argmax)(const float* x, int n);
+    // matmul of what gated_silu makes of x[T, 2 I], without storing that; null if there is none.
+    // Not for the float formats.
+    void (*gated_matmul)(const float* x, const Part& part, const Weight* next, const Output& out);
 };
 
 extern const Ops AVX512_OPS, AVX2_OPS, PORTABLE_OPS;
@@ -81,6 +84,9 @@ void pair_columns(bool yes);
 // y[T, O] = residual + x[T, I] @ weight^T; `residual` may be null, or y itself. `next` as above.
 void matmul(const Ops& ops, const float* x, int tokens, const Weight& weight, const Weight* next,
             const float* residual, float* y);
+// The same of gated_silu(x[T, 2 I]), for which there is room in `gated` [T, I].
+void gated_matmul(const Ops& ops, const float* x, int tokens, const Weight& weight,
+                  const Weight* next, const float* residual, float* gated, float* y);
 // y[T, I] = rows ids[t] of the weight.
 void embed(const Ops& ops, const Weight& weight, const std::vector<int64_t>& ids, float* y);
 

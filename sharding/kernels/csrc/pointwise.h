@@ -9,33 +9,6 @@ inline void by_rows(int n, int width, const Rows& rows) {
                [&](int i) { rows(i * slice, std::min(n, (i + 1) * slice)); });
 }
 
-// e^x to within 0.9 units in the last place (1.2 without fused multiply-adds), measured: 2^n * p(r)
-// with |r| <= log(2) / 2 and a fitted polynomial of degree 6 (Muller, Elementary Functions, on
-// range reduction). e^0 is 1, e^-inf is 0; NaN stays NaN. Not for x above 89.
-inline V exp(V x) {
-    const V bounded = max(x, splat(-104.0f));
-    const V n = round(mul(bounded, splat(1.44269504088896341f)));
-    const V r = fma(n, splat(-1.428606765330187e-6f), fma(n, splat(-0.693145751953125f), bounded));
-    V p = splat(1.381452777e-03f);
-    for (const float c :
-         {8.368746378e-03f, 4.166839272e-02f, 1.666651964e-01f, 4.999999404e-01f, 1.0f, 1.0f})
-        p = fma(p, r, splat(c));
-    return scale_by_power(p, n);
-}
-
-// 2^x to within 1.4 * 2^-24 of it (1.8 without fused multiply-adds), measured: as above, but x - n
-// is exact. 2^0 is 1, 2^-inf is 0; NaN stays NaN. Not for x above 127.
-inline V exp2(V x) {
-    const V bounded = max(x, splat(-150.0f));
-    const V n = round(bounded);
-    const V r = sub(bounded, n);
-    V p = splat(1.535336196e-04f);
-    for (const float c : {1.339887502e-03f, 9.618436918e-03f, 5.550332367e-02f, 2.402264774e-01f,
-                          6.931471825e-01f, 1.0f})
-        p = fma(p, r, splat(c));
-    return scale_by_power(p, n);
-}
-
 // The sum of squares is kept in 16 lanes, added up in a fixed tree at the end of the row.
 inline void rms_norm(const float* x, int tokens, int width, const float* scale, float eps,
                      float* y) {
@@ -65,9 +38,6 @@ inline void rms_norm(const float* x, int tokens, int width, const float* scale, 
     });
 }
 
-// Below -89 the result is 0 in float32, and e^-x would be infinite.
-inline V silu(V x) { return div(x, add(splat(1.0f), exp(sub(zero(), max(x, splat(-89.0f)))))); }
-
 inline void gated_silu(const float* x, int tokens, int width, float* y) {
     by_rows(tokens, width, [&](int first, int stop) {
         for (int t = first; t < stop; ++t) {
@@ -84,22 +54,49 @@ inline void gated_silu(const float* x, int tokens, int width, float* y) {
     });
 }
 
-inline void rotate_head(const float* x, const float* cosines, const float* sines, const Turn& turn,
-                        int dim, float* y) {
-    const int apart = turn.adjacent ? 1 : turn.pairs, step = turn.adjacent ? 2 : 1;
+// How one token turns, an element beside the other: what it is multiplied by, and its partner.
+struct Angles {
+    const float *cosines, *sines;  // of each pair
+    const float *own, *partner;    // of each element, where partners are adjacent
+
+    // Cosines twice, sines with either sign, in `memory` of 4 * pairs.
+    static Angles of(const Turn& turn, int t, float* memory) {
+        const auto first = static_cast<size_t>(t) * static_cast<size_t>(turn.pairs);
+        float *own = memory, *partner = memory + 2 * turn.pairs;
+        const Angles angles{turn.cosines + first, turn.sines + first, own, partner};
+        for (int i = 0; turn.adjacent && i < turn.pairs; ++i) {
+            own[2 * i] = own[2 * i + 1] = angles.cosines[i];
+            partner[2 * i] = -angles.sines[i];
+            partner[2 * i + 1] = angles.sines[i];
+        }
+        return angles;
+    }
+};
+
+// Elements a and b of a pair become a cos - b sin and a sin + b cos.
+inline void rotate_head(const float* x, const Angles& by, const Turn& turn, int dim, float* y) {
+    const int turned = 2 * turn.pairs;
     int i = 0;
-    for (; !turn.adjacent && i + LANES <= turn.pairs; i += LANES) {
-        const V a = load(x + i), b = load(x + i + apart);
-        const V cosine = load(cosines + i), sine = load(sines + i);
-        store(y + i, sub(mul(a, cosine), mul(b, sine)));
-        store(y + i + apart, add(mul(a, sine), mul(b, cosine)));
+    if (turn.adjacent) {
+        for (; i + LANES <= turned; i += LANES) {
+            const V a = load(x + i);
+            store(y + i, add(mul(a, load(by.own + i)), mul(swap_pairs(a), load(by.partner + i))));
+        }
+        for (; i < turned; ++i) y[i] = x[i] * by.own[i] + x[i ^ 1] * by.partner[i];
+    } else {
+        const float* other = x + turn.pairs;
+        for (; i + LANES <= turn.pairs; i += LANES) {
+            const V a = load(x + i), b = load(other + i);
+            const V cosine = load(by.cosines + i), sine = load(by.sines + i);
+            store(y + i, sub(mul(a, cosine), mul(b, sine)));
+            store(y + turn.pairs + i, add(mul(a, sine), mul(b, cosine)));
+        }
+        for (; i < turn.pairs; ++i) {
+            y[i] = x[i] * by.cosines[i] - other[i] * by.sines[i];
+            y[turn.pairs + i] = x[i] * by.sines[i] + other[i] * by.cosines[i];
+        }
     }
-    for (; i < turn.pairs; ++i) {
-        const float a = x[i * step], b = x[i * step + apart];
-        y[i * step] = a * cosines[i] - b * sines[i];
-        y[i * step + apart] = a * sines[i] + b * cosines[i];
-    }
-    for (i = 2 * turn.pairs; i < dim; ++i) y[i] = x[i];
+    for (i = turned; i < dim; ++i) y[i] = x[i];
 }
 
 inline void to_halves(const float* x, int n, uint16_t* y) {
@@ -116,20 +113,20 @@ inline void rotate_and_store(const float* qkv, const Turn& turn, const Pages& pa
     const int dim = pages.dim, heads = pages.heads, kv_heads = pages.kv_heads;
     const int width = (heads + 2 * kv_heads) * dim;
     by_rows(turn.tokens, width, [&](int first, int stop) {
-        static thread_local Scratch<float> turned_scratch;
+        static thread_local Scratch<float> turned_scratch, angles_scratch;
         static thread_local Scratch<uint16_t> halves_scratch;
         float* turned = turned_scratch.at_least(static_cast<size_t>(dim));
+        float* angles = angles_scratch.at_least(4 * static_cast<size_t>(turn.pairs));
         uint16_t* halves = halves_scratch.at_least(static_cast<size_t>(dim));
         for (int t = first; t < stop; ++t) {
             const float* row = qkv + static_cast<size_t>(t) * width;
-            const float* cosines = turn.cosines + static_cast<size_t>(t) * turn.pairs;
-            const float* sines = turn.sines + static_cast<size_t>(t) * turn.pairs;
+            const Angles by = Angles::of(turn, t, angles);
             float* out = q + static_cast<size_t>(t) * heads * dim;
             for (int h = 0; h < heads; ++h)
-                rotate_head(row + h * dim, cosines, sines, turn, dim, out + h * dim);
+                rotate_head(row + h * dim, by, turn, dim, out + h * dim);
             for (int g = 0; g < kv_heads; ++g) {
                 const size_t page = pages.at(turn.page[t], g);
-                rotate_head(row + (heads + g) * dim, cosines, sines, turn, dim, turned);
+                rotate_head(row + (heads + g) * dim, by, turn, dim, turned);
                 to_halves(turned, dim, halves);
                 uint16_t* key = pages.keys + page + turn.slot[t];
                 for (int d = 0; d < dim; ++d) key[d * LANES] = halves[d];

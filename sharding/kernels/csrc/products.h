@@ -216,9 +216,9 @@ struct Meeting {
 };
 
 template <Layout F, bool PAIRED>
-inline void matmul_in(const float* x, const Part& part, const Weight* next, const Target& target,
-                      const Cut& cut, Scratch<int32_t>& scratch) {
-    const Prepared prepared = prepare<F, PAIRED>(x, part, target.tokens, scratch);
+inline void matmul_in(const Activations& x, const Part& part, const Weight* next,
+                      const Target& target, const Cut& cut, Scratch<int32_t>& scratch) {
+    const Prepared prepared = prepare<F, PAIRED>(x, scratch);
     // A slab's tasks follow one another: they are one thread's.
     pool().run(cut.runs * cut.slabs, [&](int task) {
         const int slab = task / cut.runs, first = task % cut.runs * cut.at_once;
@@ -235,7 +235,8 @@ inline void matmul_in(const float* x, const Part& part, const Weight* next, cons
     });
 }
 
-inline void matmul(const float* x, const Part& part, const Weight* next, const Output& out) {
+inline void matmul_of(const Activations& x, const Part& part, const Weight* next,
+                      const Output& out) {
     static thread_local Scratch<int32_t> scratch;
     with_layout(static_cast<int>(part.layout.type), [&]<Layout F>() {
         if constexpr (is_quantised(F)) {
@@ -244,10 +245,17 @@ inline void matmul(const float* x, const Part& part, const Weight* next, const O
                 if (cut.opens() && pairs_columns())
                     return matmul_in<F, true>(x, part, next, Target{out}, cut, scratch);
             matmul_in<F, false>(x, part, next, Target{out}, cut, scratch);
-        } else {
-            AVX512_OPS.matmul(x, part, next, out);
         }
     });
+}
+
+inline void matmul(const float* x, const Part& part, const Weight* next, const Output& out) {
+    if (!is_quantised(part.layout)) return AVX512_OPS.matmul(x, part, next, out);
+    matmul_of({x, out.tokens, part.cols, false}, part, next, out);
+}
+
+inline void gated_matmul(const float* x, const Part& part, const Weight* next, const Output& out) {
+    matmul_of({x, out.tokens, part.cols, true}, part, next, out);
 }
 
 // The stored value k of a chunk in one lane.

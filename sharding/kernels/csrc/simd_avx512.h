@@ -35,6 +35,8 @@ inline V max(V a, V b) { return {_mm512_max_ps(b.v, a.v)}; }
 inline V first(V a, int n, V b) {
     return {_mm512_mask_blend_ps(static_cast<__mmask16>((1u << n) - 1), b.v, a.v)};
 }
+// Lanes 1 0 3 2 5 4 ...
+inline V swap_pairs(V a) { return {_mm512_permute_ps(a.v, 0xb1)}; }
 inline float sum(V a) { return _mm512_reduce_add_ps(a.v); }
 inline float largest(V a) { return _mm512_reduce_max_ps(a.v); }
 

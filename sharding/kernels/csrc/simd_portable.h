@@ -63,6 +63,9 @@ inline V max(const V& a, const V& b) {
 inline V first(const V& a, int n, const V& b) {
     return each([&](int i) { return i < n ? a.v[i] : b.v[i]; });
 }
+inline V swap_pairs(const V& a) {
+    return each([&](int i) { return a.v[i ^ 1]; });
+}
 inline float sum(const V& a) {
     float s[16];
     std::memcpy(s, a.v, sizeof s);
