@@ -13,8 +13,8 @@
 // Algorithm for Inner Product, IEEE Transactions on Computers C-17, 1968). With a and w of even
 // steps, a' and w' of odd ones,
 //
-//     a w + a' w' = (a + top + w') (a' - room + w) - (a + top) (a' - room) - ((top + w') w - room
-//     w')
+//     a w + a' w' = (a + top + w') (a' - room + w) - (a + top) (a' - room)
+//                   - ((top + w') w - room w')
 //
 // of which the second term is one of the activations alone, the third of the weights. It is exact,
 // so no bit depends on it. Where additions have units of their own (AMD's) a group of 32 columns
@@ -127,8 +127,8 @@ struct Cut {
     int tiles, slabs, at_once, runs;
 
     Cut(int tokens, int blocks, int opened_bytes) {
-        const int threads = pool().threads(),
-                  wanted = 4 * threads;  // so that nobody waits for long
+        const int threads = pool().threads();
+        const int wanted = 4 * threads;  // so that nobody waits for long
         tiles = (tokens + TILE - 1) / TILE;
         slabs = std::clamp(tokens / SLAB_TOKENS, 1, threads);
         // Few rows on many cores.
