@@ -7,7 +7,7 @@ import platform
 import subprocess
 from pathlib import Path
 
-_VECTORS: list[str] = ["avx512_vnni", "avx512f", "avx2", "asimd"]
+_VECTORS: list[str] = ["amx_int8", "avx512_vnni", "avx512f", "avx2", "asimd"]
 
 
 def describe_machine() -> str:

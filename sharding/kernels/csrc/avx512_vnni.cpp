@@ -1,4 +1,5 @@
-// Products with quantised weights for AVX-512 with products of bytes (VNNI); all else is AVX-512's.
+// Products with quantised weights for AVX-512 with products of bytes (VNNI), one by one or in tiles
+// (AMX); all else is AVX-512's.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -22,6 +23,7 @@ namespace {
 #include "digits.h"
 #include "panels.h"
 #include "products.h"
+#include "tiles.h"
 
 }  // namespace
 }  // namespace avx512_vnni
@@ -34,6 +36,17 @@ const Ops& avx512_vnni_ops() {
         own.matmul = avx512_vnni::matmul;
         own.gated_matmul = avx512_vnni::gated_matmul;
         own.embed_row = avx512_vnni::embed_row;
+        return own;
+    }();
+    return ops;
+}
+
+const Ops& avx512_amx_ops() {
+    static const Ops ops = [] {
+        Ops own = avx512_vnni_ops();
+        own.name = "avx512_amx";
+        own.matmul = avx512_vnni::tiled_matmul;
+        own.gated_matmul = avx512_vnni::tiled_gated_matmul;
         return own;
     }();
     return ops;

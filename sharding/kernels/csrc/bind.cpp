@@ -3,6 +3,12 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -26,6 +32,26 @@ T* at(Address address) {
 }
 
 // What this processor runs, fastest first.
+#if defined(__x86_64__)
+// Whether the processor has tiles of bytes (AMX) and the system lets this process use them: their 8
+// KiB a thread must be asked for.
+bool multiplies_tiles() {
+#if defined(__linux__)
+    static const bool yes = [] {
+        constexpr unsigned tiles = 1u << 24, bytes = 1u << 25;
+        unsigned a, b, c, d;
+        if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & tiles) == 0 || (d & bytes) == 0)
+            return false;
+        constexpr int request_permission = 0x1023, tile_data = 18;  // asm/prctl.h
+        return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+    }();
+    return yes;
+#else
+    return false;
+#endif
+}
+#endif
+
 std::vector<const Ops*> available() {
     std::vector<const Ops*> found;
 #if defined(__x86_64__)
@@ -34,7 +60,10 @@ std::vector<const Ops*> available() {
                       __builtin_cpu_supports("f16c");
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-        if (__builtin_cpu_supports("avx512vnni")) found.push_back(&avx512_vnni_ops());
+        if (__builtin_cpu_supports("avx512vnni")) {
+            if (multiplies_tiles()) found.push_back(&avx512_amx_ops());
+            found.push_back(&avx512_vnni_ops());
+        }
         found.push_back(&AVX512_OPS);
     }
     if (avx2) found.push_back(&AVX2_OPS);

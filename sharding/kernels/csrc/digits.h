@@ -58,16 +58,34 @@ inline void transpose(const __m512i (&in)[4], __m512i* out) {
     out[3] = _mm512_shuffle_i32x4(c, d, 0xdd);
 }
 
+// 16 numbers X; zeros if the scale is.
+inline __m512i fixed_of(V x, V scale) {
+    const __m512i bits = _mm512_castps_si512(scale.v);
+    return _mm512_maskz_cvtps_epi32(_mm512_test_epi32_mask(bits, bits), mul(x, scale).v);
+}
+
+// Bytes X0 X1 X2 of each X.
+inline __m512i balanced(__m512i fixed) {
+    // Carries make each byte its digit plus 128.
+    const __m512i bias = _mm512_set1_epi32(0x808080);
+    return _mm512_xor_si512(_mm512_add_epi32(fixed, bias), bias);
+}
+
 // 16 numbers as words X0 X1 X2 0 of each four; zeros if the scale is.
 inline __m512i digits_of(V x, V scale) {
     const __m512i turn = _mm512_maskz_broadcast_i32x4(
         0xffff, _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, -1, -1, -1, -1));
-    const __m512i bias = _mm512_set1_epi32(0x808080), bits = _mm512_castps_si512(scale.v);
-    const __m512i fixed =
-        _mm512_maskz_cvtps_epi32(_mm512_test_epi32_mask(bits, bits), mul(x, scale).v);
-    // Carries make each byte its digit plus 128.
-    const __m512i balanced = _mm512_xor_si512(_mm512_add_epi32(fixed, bias), bias);
-    return _mm512_shuffle_epi8(balanced, turn);
+    return _mm512_shuffle_epi8(balanced(fixed_of(x, scale)), turn);
+}
+
+// In each quarter, the sum of 16 integers of one of four.
+inline __m512i sums_of_four(const __m512i (&of)[4]) {
+    __m512i part[4];
+    transpose(of, part);
+    const __m512i half =
+        _mm512_add_epi32(_mm512_add_epi32(part[0], part[1]), _mm512_add_epi32(part[2], part[3]));
+    const __m512i two = _mm512_add_epi32(half, _mm512_shuffle_epi32(half, _MM_PERM_BADC));
+    return _mm512_add_epi32(two, _mm512_shuffle_epi32(two, _MM_PERM_CDAB));
 }
 
 inline __m512i larger(__m512i a, __m512i b) { return _mm512_max_epu32(a, b); }

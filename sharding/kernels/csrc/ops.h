@@ -73,8 +73,10 @@ struct Ops {
 };
 
 extern const Ops AVX512_OPS, AVX2_OPS, PORTABLE_OPS;
-// Those of AVX-512 but for products with quantised weights.
+// Those of AVX-512 but for products with quantised weights; and those but for many tokens, to the
+// same bits.
 const Ops& avx512_vnni_ops();
+const Ops& avx512_amx_ops();
 
 // Whether products of many tokens take columns in pairs (products.h): as is faster on this
 // processor, or as the last call of `pair_columns` said. No bit of a result depends on it.

@@ -114,8 +114,8 @@ __attribute__((noinline)) void stream(Panels w, int units, const Prepared& x, co
     });
 }
 
-// Tiles of tokens from which opening panels pays.
-constexpr int OPEN_TILES = 8;
+// Tokens of a slab from which opening panels pays.
+constexpr int OPEN_TOKENS = 32;
 // Most bytes of opened panels at a time: a quarter of a second-level cache, half of a small one.
 constexpr int OPEN_BYTES = 1 << 18;
 // Tokens from which a thread takes some of them rather than some of the rows: it then finds their
@@ -124,12 +124,12 @@ constexpr int SLAB_TOKENS = 128;
 
 // How a product is cut into tasks: slabs of tokens' tiles, each against runs of blocks of panels.
 struct Cut {
-    int tiles, slabs, at_once, runs;
+    int tile, tiles, slabs, at_once, runs;
 
-    Cut(int tokens, int blocks, int opened_bytes) {
+    Cut(int tokens, int tile, int blocks, int opened_bytes) : tile(tile) {
         const int threads = pool().threads();
         const int wanted = 4 * threads;  // so that nobody waits for long
-        tiles = (tokens + TILE - 1) / TILE;
+        tiles = (tokens + tile - 1) / tile;
         slabs = std::clamp(tokens / SLAB_TOKENS, 1, threads);
         // Few rows on many cores.
         if (tiles > 1) slabs = std::max(slabs, std::min(wanted / blocks, tiles));
@@ -141,7 +141,7 @@ struct Cut {
         runs = (blocks + at_once - 1) / at_once;
     }
 
-    bool opens() const { return tiles / slabs >= OPEN_TILES; }
+    bool opens() const { return tiles / slabs >= OPEN_TOKENS / tile; }
     int first_tile(int slab) const { return tiles * slab / slabs; }
 };
 
@@ -240,7 +240,7 @@ inline void matmul_of(const Activations& x, const Part& part, const Weight* next
     static thread_local Scratch<int32_t> scratch;
     with_layout(static_cast<int>(part.layout.type), [&]<Layout F>() {
         if constexpr (is_quantised(F)) {
-            const Cut cut(out.tokens, part.blocks(), Meeting<F, false>::opened_bytes(part));
+            const Cut cut(out.tokens, TILE, part.blocks(), Meeting<F, false>::opened_bytes(part));
             if constexpr (room(F) != 0)
                 if (cut.opens() && pairs_columns())
                     return matmul_in<F, true>(x, part, next, Target{out}, cut, scratch);

@@ -23,7 +23,7 @@ TINY = 2.0**-149  # its smallest number
 EXP_ERROR = 8 * U
 KV_BLOCK = 256
 CHUNK = 32
-IN_DIGITS = {"avx512_vnni"}
+IN_DIGITS = {"avx512_amx", "avx512_vnni"}
 """Instruction sets that multiply quantised weights in integers."""
 
 BY_NAME: dict[str, QuantFormat] = {

@@ -3,7 +3,7 @@ or a prompt is cut may show in a result."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -60,9 +60,22 @@ def test_a_row_of_a_product_is_the_same_in_any_company(isa: str, name: str) -> N
         assert torch.equal(last, expected[-tokens:]), tokens
 
 
+def _products_in_every_way(x_TI: torch.Tensor, weight: Weight) -> Iterator[torch.Tensor]:
+    """Columns one by one, in pairs, and on tiles where the processor has them."""
+    before = _cpu.pairs_columns()
+    try:
+        for paired in (False, True):
+            _cpu.pair_columns(paired)
+            yield KERNELS["avx512_vnni"].matmul(x_TI, weight)
+    finally:
+        _cpu.pair_columns(before)
+    if "avx512_amx" in KERNELS:
+        yield KERNELS["avx512_amx"].matmul(x_TI, weight)
+
+
 @pytest.mark.skipif("avx512_vnni" not in KERNELS, reason="this processor multiplies no bytes")
 @in_every_format
-def test_products_of_pairs_of_columns_give_the_same_bits(name: str) -> None:
+def test_every_way_of_multiplying_many_tokens_gives_the_same_bits(name: str) -> None:
     """Also where top digits and stored values are as large as they get, of either sign, and where
     an activation is not finite."""
     kernels = KERNELS["avx512_vnni"]
@@ -72,16 +85,13 @@ def test_products_of_pairs_of_columns_give_the_same_bits(name: str) -> None:
     chunks = torch.arange(150 * 512) // 32
     x_TI[::2] = x_TI[::2].sign() * (1 + (chunks % 128 + 0.49) / 128).view(150, 512)
     x_TI[41, 77] = float("nan")
+    x_TI[43, 78] = float("-inf")
+    x_TI[45] *= 2.0**-120
+    x_TI[47, :256] = 0
     alone = torch.cat([kernels.matmul(x_TI[t : t + 1], weight) for t in range(300)])
-    before = _cpu.pairs_columns()
-    try:
-        for paired in (False, True):
-            _cpu.pair_columns(paired)
-            for tokens in (32, 61, 300):  # 32 are the first that take pairs
-                found = kernels.matmul(x_TI[:tokens], weight)
-                assert torch.equal(found.nan_to_num(9e9), alone[:tokens].nan_to_num(9e9)), tokens
-    finally:
-        _cpu.pair_columns(before)
+    for tokens in (32, 61, 300):  # 32 are the first that take pairs or tiles
+        for found in _products_in_every_way(x_TI[:tokens], weight):
+            assert torch.equal(found.nan_to_num(9e9), alone[:tokens].nan_to_num(9e9)), tokens
 
 
 def everything(kernels: CPUKernels) -> list[torch.Tensor]:
