@@ -31,7 +31,6 @@ T* at(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
-// What this processor runs, fastest first.
 #if defined(__x86_64__)
 // Whether the processor has tiles of bytes (AMX) and the system lets this process use them: their 8
 // KiB a thread must be asked for.
@@ -52,6 +51,7 @@ bool multiplies_tiles() {
 }
 #endif
 
+// What this processor runs, fastest first.
 std::vector<const Ops*> available() {
     std::vector<const Ops*> found;
 #if defined(__x86_64__)

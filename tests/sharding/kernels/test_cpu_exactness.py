@@ -73,7 +73,7 @@ def _products_in_every_way(x_TI: torch.Tensor, weight: Weight) -> Iterator[torch
         yield KERNELS["avx512_amx"].matmul(x_TI, weight)
 
 
-@pytest.mark.skipif("avx512_vnni" not in KERNELS, reason="this processor multiplies no bytes")
+@pytest.mark.skipif("avx512_vnni" not in KERNELS, reason="without VNNI there is one way only")
 @in_every_format
 def test_every_way_of_multiplying_many_tokens_gives_the_same_bits(name: str) -> None:
     """Also where top digits and stored values are as large as they get, of either sign, and where
