@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 import msgspec
 
 from sharding.batch import Batch, Result
-from sharding.errors import DeviceLostError, ProtocolError, StageError
+from sharding.errors import DeviceLostError, PeerLostError, ProtocolError, StageError
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +52,9 @@ class Pipeline(Protocol):
 
 ENVELOPE, RESULT = 2, 3
 """Kinds of frames between stages; 1 is the transport's own greeting."""
+
+_LAST_WORDS_S = 1.0
+"""After the first stage died: what is in flight behind it comes within so long, or never."""
 
 
 class Envelope(msgspec.Struct, frozen=True):
@@ -135,6 +138,7 @@ class SocketPipeline:
         # One more than the stages can work on, so that none waits for the engine's round trip.
         self.depth = stages + 1
         self._front, self._back = front, back
+        self._front_lost: PeerLostError | None = None
         self._woken, self._waker = socket.socketpair()
         self._waker.setblocking(False)
         self._selector = selectors.DefaultSelector()
@@ -142,22 +146,44 @@ class SocketPipeline:
             self._selector.register(end, selectors.EVENT_READ)
 
     def send(self, batch: Batch) -> None:
-        """Send the batch to the first stage."""
-        self._front.send(ENVELOPE, batch.step, _encode(Envelope(batch)))
+        """Send the batch to the first stage; `receive` tells if that is gone."""
+        try:
+            self._front.send(ENVELOPE, batch.step, _encode(Envelope(batch)))
+        except PeerLostError as error:
+            self._lose_front(error)
 
     def receive(self, timeout_s: float | None) -> Result | None:
         """Wait for the last stage's answer. The front edge only ever tells that its stage died."""
         if self._back.pending:
             return decode(self._back.receive().meta, _results)
+        if self._front_lost is not None:
+            timeout_s = _LAST_WORDS_S
         ready = [key.fileobj for key, _ in self._selector.select(timeout_s)]
         if self._woken in ready:
             self._woken.recv(4096)
         if self._back in ready:
             return decode(self._back.receive().meta, _results)
+        if self._front_lost is not None:
+            raise self._front_lost
         if self._front in ready:
-            self._front.receive()
-            raise ProtocolError("the first stage sent a frame backwards")
+            self._hear_front()
         return None
+
+    def _hear_front(self) -> None:
+        try:
+            self._front.receive()
+        except PeerLostError as error:
+            self._lose_front(error)
+        else:
+            raise ProtocolError("the first stage sent a frame backwards")
+
+    def _lose_front(self, error: PeerLostError) -> None:
+        """Not the end yet: what the first stage still sent passes through the others, and may be
+        the reason, which users would rather read. Its end follows, and comes out at the back."""
+        if self._front_lost is None:
+            self._front_lost = error
+            self._selector.unregister(self._front)
+            self._selector.unregister(self._woken)  # only one thing is waited for now
 
     def wake(self) -> None:
         """End a wait; a full pipe means that one is on its way already."""
@@ -184,8 +210,12 @@ def serve_stage(stage: Stage, upstream: Edge, downstream: Edge) -> None:
             envelope = decode(frame.meta, _envelopes)
             hidden, passed = forward_envelope(stage, envelope, frame.hidden)
             kind = RESULT if isinstance(passed, Result) else ENVELOPE
-            downstream.send(kind, frame.step, _encode(passed), hidden)
-            if stage.lost:  # after its requests were told why
+            try:
+                downstream.send(kind, frame.step, _encode(passed), hidden)
+            except PeerLostError:
+                if not stage.lost:
+                    raise
+            if stage.lost:  # after its requests were told why, if somebody still listens
                 raise DeviceLostError("the stage's device failed")
     finally:
         upstream.close()

@@ -25,11 +25,20 @@ from actors.engine import ReadyPipeline
 from actors.local import plan_limits, stage_specs
 from actors.pipeline import SocketPipeline
 from actors.recovery import plan_repair
-from actors.shares import Machine, NodeFacts, Share, devices_of, share_of, threads_of
+from actors.shares import (
+    Machine,
+    NodeFacts,
+    Share,
+    bundles_of,
+    devices_of,
+    shares_of,
+    threads_of,
+)
 from actors.stage_actor import JOIN_TIMEOUT_S, Joint, RemoteStage
 from actors.stats import StageStats
 from actors.transport import Listener, connect
 from sharding.errors import (
+    ConfigError,
     DoesNotFitError,
     LongspanError,
     PeerLostError,
@@ -72,26 +81,14 @@ class RayStages:
         self._facts: list[NodeFacts] = []
         self._specs: list[StageSpec] = []
         self._plan: ModelPlan | None = None
-        self._share = Share(1)
+        self._shares: list[Share] = []
         self._closed = False
 
     def open(self, report: Callable[[float, str], None]) -> ReadyPipeline:
         """Place, plan by what is free where the actors landed, load, join."""
-        self._release()
         config = self._config
         report(0.0, f"placing {config.stages} stages")
-        machines = _machines()
-        kernels = _choose(config.wanted.kernels, machines)
-        on_gpus = kernels == "triton"
-        share = share_of(machines, config.stages, on_gpus)
-        # More threads than cores is a choice, not a reservation that could find no place.
-        self._share = replace(share, cpus=min(share.cpus, config.threads or share.cpus))
-        self._group = _place(config.stages, self._share)
-        self._check_open()
-        self._actors = [self._start(stage) for stage in range(config.stages)]
-        self._facts = self._ask_all(kernels)
-        if on_gpus:  # again: every process that looked at its GPU has taken some of it by now
-            self._facts = self._ask_all(kernels)
+        kernels = self._place()
         with GGUFFile.open(config.model) as file:
             wanted = replace(config.wanted, kernels=kernels)
             self._plan = plan_model(file, devices_of(self._facts), wanted)
@@ -104,20 +101,51 @@ class RayStages:
         if not self._specs:
             return self.open(report)
         repair = plan_repair(self._epoch, _end_the_silent(self._actors))
-        for stage in repair.replace:
-            self._actors[stage] = self._start(stage)
-            asked = self._actors[stage].facts.remote(self._specs[stage].kernels)
-            facts = _get([asked], f"asking stage {stage}")
-            self._facts[stage] = facts[0]
-        self._load(repair.replace, report)
+        try:
+            for stage in repair.replace:
+                self._actors[stage] = self._start(stage)
+                asked = self._actors[stage].facts.remote(self._specs[stage].kernels)
+                self._facts[stage] = _get([asked], f"asking stage {stage}")[0]
+            self._load(repair.replace, report)
+        except ConfigError as error:
+            # The same options worked before: it is the machine, and that may come back.
+            raise StageError(f"replacing stages {list(repair.replace)}: {error}") from error
         return self._join(repair.epoch)
 
+    def _place(self) -> str:
+        """Start the stages on what the cluster has; which kernels they compute with."""
+        wanted, machines = self._config.wanted.kernels, _machines()
+        kernels = _choose(wanted, machines)
+        try:
+            self._start_all(kernels, machines)
+        except ConfigError as error:
+            if kernels == wanted:  # nothing falls back from what was asked for
+                raise
+            log.warning("stages compute on CPUs: %s", error)
+            kernels = cpu_kernels()
+            self._start_all(kernels, machines)
+        return kernels
+
+    def _start_all(self, kernels: str, machines: Sequence[Machine]) -> None:
+        self._release()
+        on_gpus, threads = kernels == "triton", self._config.threads
+        shares = shares_of(machines, self._config.stages, on_gpus)
+        # More threads than cores is a choice, not a reservation that could find no place.
+        self._shares = [replace(each, cpus=min(each.cpus, threads or each.cpus)) for each in shares]
+        self._group = _reserve(bundles_of(self._shares))
+        self._check_open()
+        self._actors = [self._start(stage) for stage in range(len(shares))]
+        self._facts = self._ask_all(kernels)
+        if on_gpus:  # again: every process that looked at its GPU has taken some of it by now
+            self._facts = self._ask_all(kernels)
+
     def _start(self, stage: int) -> ActorHandle:
+        share = self._shares[stage]
         options = RemoteStage.options(
-            num_cpus=self._share.cpus,
-            num_gpus=self._share.gpus,
+            num_cpus=share.cpus,
+            num_gpus=share.gpus,
             scheduling_strategy=PlacementGroupSchedulingStrategy(
-                self._group, placement_group_bundle_index=stage
+                self._group, placement_group_bundle_index=share.bundle
             ),
         )
         return options.remote(stage)
@@ -134,7 +162,8 @@ class RayStages:
         threads = self._config.threads
         pending = [
             self._actors[stage].load.remote(
-                self._specs[stage], threads or threads_of(self._facts, self._share.cpus, stage)
+                self._specs[stage],
+                threads or threads_of(self._facts, self._shares[stage].cpus, stage),
             )
             for stage in stages
         ]
@@ -224,18 +253,19 @@ def _choose(kernels: str, machines: Sequence[Machine]) -> str:
     return cpu_kernels()
 
 
-def _place(stages: int, share: Share) -> PlacementGroup:
-    wanted = {"CPU": share.cpus, "GPU": share.gpus}
-    bundle = {name: amount for name, amount in wanted.items() if amount}
-    group = placement_group([bundle] * stages, strategy="PACK")
+def _reserve(bundles: Sequence[dict[str, float]]) -> PlacementGroup:
+    """All bundles, on as few nodes as hold them. Raises `DoesNotFitError`."""
+    (name, amount), *_ = bundles[0].items()
+    there = sum(node["Resources"].get(name, 0) for node in ray.nodes() if node["Alive"])
+    log.info("reserving %d times %g %ss of %g", len(bundles), amount, name, there)
+    group = placement_group([*bundles], strategy="PACK")
     if not group.wait(_PLACE_TIMEOUT_S):
         remove_placement_group(group)
-        there = ray.available_resources()
-        needed = " and ".join(f"{amount:g} {name}s" for name, amount in bundle.items())
-        free = " and ".join(f"{there.get(name, 0):g} {name}s" for name in bundle)
+        free = ray.available_resources().get(name, 0)
+        fewer = "--stages or --threads" if name == "CPU" else "--stages"
         raise DoesNotFitError(
-            f"{stages} stages of {needed} each found no place in {_PLACE_TIMEOUT_S:.0f} s: "
-            f"{free} are free; use fewer --stages or --threads, or add nodes",
+            f"{len(bundles)} times {amount:g} {name}s found no place in {_PLACE_TIMEOUT_S:.0f} s: "
+            f"{free:g} of {there:g} {name}s are free; use fewer {fewer}, or add nodes",
             max_context=0,
         )
     return group

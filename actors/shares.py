@@ -26,8 +26,12 @@ class Machine:
 
 @dataclass(frozen=True)
 class Share:
-    """What Ray reserves for a stage. `gpus` is 0 for stages on CPUs."""
+    """What a stage gets of its bundle, a device that Ray reserves: cores, or one GPU or part of it.
 
+    `gpus` is 0 for stages on CPUs.
+    """
+
+    bundle: int
     cpus: float
     gpus: float = 0
 
@@ -41,21 +45,35 @@ class NodeFacts:
     device: DeviceFacts
 
 
-def share_of(machines: Sequence[Machine], stages: int, on_gpus: bool) -> Share:
+def shares_of(machines: Sequence[Machine], stages: int, on_gpus: bool) -> list[Share]:
     """The most of a device for each stage so that all find room, none across devices.
 
     A GPU's stage reserves no cores: it only starts kernels. Raises `ConfigError` if there are no
     GPUs.
     """
     if not on_gpus:
-        return Share(_most_cpus([machine.cpus for machine in machines], stages))
-    gpus = [machine.gpus for machine in machines]
-    if not any(gpus):
+        cpus = _most_cpus([machine.cpus for machine in machines], stages)
+        return [Share(stage, cpus) for stage in range(stages)]
+    gpus = sum(machine.gpus for machine in machines)
+    if not gpus:
         raise ConfigError(
             "--kernels triton needs GPUs, and Ray knows of none: start Ray where they are, or with "
             "`ray start --num-gpus`; `--kernels cpu` computes without"
         )
-    return Share(0, _most_of_one(gpus, stages))
+    # Whole GPUs are reserved, also where stages share them: of 4 GPUs none is left out by a fifth
+    # stage, and neighbours in the pipeline are neighbours on a GPU.
+    used = min(stages, gpus)
+    bundles = [stage * used // stages for stage in range(stages)]
+    sharing = Counter(bundles)
+    return [Share(bundle, 0, _rounded_down(1 / sharing[bundle])) for bundle in bundles]
+
+
+def bundles_of(shares: Sequence[Share]) -> list[dict[str, float]]:
+    """What Ray reserves, bundle by bundle."""
+    bundles: dict[int, dict[str, float]] = {}
+    for share in shares:
+        bundles[share.bundle] = {"GPU": 1} if share.gpus else {"CPU": share.cpus}
+    return list(bundles.values())
 
 
 def _most_cpus(cpus_per_node: Sequence[int], stages: int) -> float:
@@ -63,13 +81,7 @@ def _most_cpus(cpus_per_node: Sequence[int], stages: int) -> float:
     for cpus in range(max(cpus_per_node, default=1), 0, -1):
         if sum(node // cpus for node in cpus_per_node) >= stages:
             return cpus
-    return _most_of_one(cpus_per_node, stages)
-
-
-def _most_of_one(per_node: Sequence[int], stages: int) -> float:
-    """The largest 1, 1/2, 1/3, … of a device of which there are enough."""
-    sharing = -(-stages // max(1, sum(per_node)))
-    return _rounded_down(1 / sharing)
+    return _rounded_down(1 / -(-stages // max(1, sum(cpus_per_node))))
 
 
 def _rounded_down(share: float) -> float:

@@ -11,6 +11,7 @@ import logging
 import os
 import threading
 from dataclasses import dataclass, replace
+from typing import NoReturn
 
 import ray
 
@@ -54,7 +55,7 @@ class StageActor:
 
     def facts(self, kernels: str) -> NodeFacts:
         """Where it runs, on which device it would compute with that kernel set and what memory is
-        free there. Raises `ConfigError` for a GPU that cannot be used."""
+        free there. Raises `ConfigError` for a GPU that cannot be used, `StageError` if it fails."""
         device = device_facts(kernels)
         # The number by which the machine knows it: this process has no other.
         numbers = "".join(f" #{number}" for number in ray.get_gpu_ids())
@@ -81,8 +82,13 @@ class StageActor:
         return self._progress
 
     def listen(self, over_tcp: bool) -> Address:
-        """Leave the old epoch, then wait for the neighbour before this one."""
+        """Leave the old epoch, then wait for the neighbour before this one.
+
+        A process whose device failed ends here if it did not notice before: nobody may take it for
+        a survivor."""
         self._leave()
+        if self._stage is not None and (self._stage.lost or not self._stage.kernels.works()):
+            self._end("its device failed")
         host = ray.util.get_node_ip_address() if over_tcp else None
         self._listener = Listener(host)
         return self._listener.address
@@ -107,12 +113,16 @@ class StageActor:
             listener.close()
             serve_stage(stage, upstream, downstream)
         except DeviceLostError as error:
-            log.error("stage %d ends: %s", self._number, error)
-            os._exit(1)  # nothing that would still wait for the device; Ray tells the engine
+            self._end(str(error))
         except PipelineError as error:
             log.info("stage %d left epoch %d: %s", self._number, joint.epoch, error)
         finally:
             downstream.close()
+
+    def _end(self, reason: str) -> NoReturn:
+        """Without anything that would still wait for the device; Ray tells the engine."""
+        log.error("stage %d ends: %s", self._number, reason)
+        os._exit(1)
 
     def _leave(self) -> None:
         for edge in self._edges:

@@ -38,7 +38,7 @@ from sharding.stage_spec import StageSpec
 
 @dataclass
 class _Open:
-    """A request on this stage; the last stage also has its sampling history.
+    """A request on this stage; the last stage also has its sampling history if it needs one.
 
     `pages_exist`: whether every page of the table is one that this stage has.
     """
@@ -149,8 +149,8 @@ class Stage:
             if not self.is_last:
                 return StageOutput(hidden_TI=hidden_TI if self._on_host else hidden_TI.cpu())
             return StageOutput(segments=self._results(batch, hidden_TI))
-        except (RuntimeError, IndexError, MemoryError) as error:
-            # What torch raises, above all when memory is short: this batch is lost, the stage not.
+        except self.kernels.failures as error:
+            # This batch is lost, and the stage only if its device is.
             self.lost = not self.kernels.works()
             raise StageError(f"{type(error).__name__}: {error}") from error
 
@@ -164,8 +164,6 @@ class Stage:
                 torch.tensor(opened.pages, dtype=torch.int64),
                 all(0 <= page < self.spec.pages for page in opened.pages),
             )
-            if self.is_last and opened.sampling.needs_history:
-                entry.history = History(self.shape.vocab, self.kernels.device)
             self._open[opened.request] = entry
 
     def hidden(
@@ -279,8 +277,10 @@ class Stage:
 
     def _remember(self, segment: Segment) -> None:
         entry = self._open[segment.request]
-        if entry.history is None:
+        if not entry.opened.sampling.needs_history:
             return
+        if entry.history is None:  # made here, where a full device costs a batch and not its books
+            entry.history = History(self.shape.vocab, self.kernels.device)
         border = max(0, entry.opened.prompt_tokens - segment.start)
         entry.history.add_prompt(segment.tokens[:border])
         entry.history.add_output(segment.tokens[border:])

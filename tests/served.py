@@ -42,6 +42,7 @@ def serve_model(path: Path, stages: int = 2) -> Iterator[Served]:
         context=CONTEXT,
         kv_tokens=24 * CONTEXT,
         port=port,
+        kernels="cpu",  # "auto" would believe in the GPU too, where torch was built for one
     )
     with deployed(config) as deployment:
         wait_until(lambda: deployment.status().state == "ready", _READY_TIMEOUT_S)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Protocol
 
-from sharding.errors import ConfigError
+from sharding.errors import ConfigError, StageError
 from sharding.memory import available_bytes
 
 log = logging.getLogger("longspan.kernels")
@@ -30,6 +30,9 @@ KERNEL_SETS = ("cpu", "reference", "triton")
 # GPU for what its driver takes for each kernel and library that is loaded.
 _HOST_SHARE = 0.8
 _GPU_SHARE = 0.9
+
+FAILURES: tuple[type[Exception], ...] = (RuntimeError, IndexError, MemoryError)
+"""What torch raises where a batch cannot be computed, above all when memory is short."""
 
 if TYPE_CHECKING:
     import torch
@@ -113,6 +116,9 @@ class Kernels(Protocol):
 
     device: torch.device
     """Where its weights, pages, activations and results are."""
+
+    failures: tuple[type[Exception], ...]
+    """What its calls may raise for a batch that cannot be computed."""
 
     def pack(self, file: GGUFFile, names: Sequence[str]) -> Weight:
         """Load tensors of equal `cols`, stacked by rows, in the order of `names`.
@@ -230,14 +236,17 @@ class DeviceFacts:
 
 def device_facts(kernels: str) -> DeviceFacts:
     """The device that this process would compute on. Raises `ConfigError` if a GPU is wanted and
-    none can be used."""
+    none can be used, `StageError` if it fails."""
     gpu = _gpu() if kernels == "triton" else None
     if gpu is None:
         return DeviceFacts("cpu", "cpu", int(available_bytes() * _HOST_SHARE))
     import torch
 
     properties = torch.cuda.get_device_properties(gpu)
-    free, _ = torch.cuda.mem_get_info(gpu)
+    try:
+        free, _ = torch.cuda.mem_get_info(gpu)
+    except RuntimeError as error:
+        raise StageError(f"the GPU {properties.name} fails: {error}") from error
     return DeviceFacts(properties.name, str(properties.uuid), int(free * _GPU_SHARE))
 
 

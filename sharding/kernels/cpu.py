@@ -16,6 +16,7 @@ import torch
 from sharding.batch import PAGE_SLOTS
 from sharding.cost import PANEL_ROWS
 from sharding.errors import ConfigError, UnsupportedModelError
+from sharding.kernels import FAILURES
 
 try:
     from sharding.kernels import _cpu
@@ -46,6 +47,7 @@ class CPUKernels:
     """
 
     name = "cpu"
+    failures = FAILURES
     device = torch.device("cpu")
 
     def __init__(self, instruction_set: str = INSTRUCTION_SETS[0]) -> None:

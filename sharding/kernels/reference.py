@@ -20,6 +20,7 @@ import torch
 from torch.nn.functional import silu
 
 from sharding.gguf.quants import dequantise
+from sharding.kernels import FAILURES
 from sharding.kernels.composed import ComposedHead, ComposedLayers
 from sharding.model.sampling import gumbel_argmax
 
@@ -66,6 +67,7 @@ class ReferenceKernels:
     """See the contract in `sharding/kernels/__init__.py`."""
 
     name = "reference"
+    failures = FAILURES
     device = torch.device("cpu")
 
     def pack(self, file: GGUFFile, names: Sequence[str]) -> Weight:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sharding.errors import ConfigError, UnsupportedModelError
+from sharding.errors import ConfigError, StageError, UnsupportedModelError
+from sharding.kernels import FAILURES
 from sharding.kernels.composed import ComposedHead, ComposedLayers
 from sharding.kernels.planes import PLANES
 
@@ -52,6 +53,10 @@ LEAST_CAPABILITY = (8, 0)
 """Ampere: the first with the asynchronous copies and matrix instructions that Triton emits here."""
 
 
+_FAILING = (torch.AcceleratorError, torch.OutOfMemoryError)
+"""What CUDA says of a GPU that it knows: busy, full, broken. Later it may say otherwise."""
+
+
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on the CPU."""
     return bool(triton.knobs.runtime.interpret)
@@ -59,7 +64,7 @@ def interpreted() -> bool:
 
 def choose_device() -> torch.device:
     """The first GPU, or the CPU under the interpreter. Raises `ConfigError` that says what is
-    missing."""
+    missing, `StageError` if a GPU is there but fails: another process may hold it."""
     if interpreted():
         return torch.device("cpu")
     if torch.version.cuda is None:
@@ -69,6 +74,8 @@ def choose_device() -> torch.device:
     try:
         torch.cuda.init()
         capability = torch.cuda.get_device_capability()
+    except _FAILING as error:
+        raise StageError(f"the GPU fails: {error}") from error
     except (RuntimeError, AssertionError) as error:  # no driver, one too old, no GPU
         raise ConfigError(f"--kernels triton needs a GPU: {error}") from error
     if capability < LEAST_CAPABILITY:
@@ -84,6 +91,7 @@ class TritonKernels:
     """See the contract in `sharding/kernels/__init__.py`."""
 
     name = "triton"
+    failures = (*FAILURES, TritonError)  # a kernel that a new shape needs may not compile
 
     def __init__(self) -> None:
         self.device = choose_device()
@@ -99,9 +107,12 @@ class TritonKernels:
 
     def _try(self) -> None:
         """Triton builds its launcher with the machine's C compiler when the first kernel starts:
-        that had better be now. Raises `ConfigError` with what is missing."""
+        that had better be now. Raises `ConfigError` with what is missing, `StageError` if the GPU
+        fails."""
         try:
             self._launch()
+        except _FAILING as error:
+            raise StageError(f"the GPU fails: {error}") from error
         except (RuntimeError, OSError, AssertionError, SubprocessError, TritonError) as error:
             # What a missing compiler, header or driver library raises, and Triton's own.
             raise ConfigError(
@@ -117,6 +128,8 @@ class TritonKernels:
         """After a failure CUDA refuses all further work of the process."""
         try:
             self._launch()
+        except torch.OutOfMemoryError:  # full is not broken
+            return True
         except RuntimeError:
             return False
         return True

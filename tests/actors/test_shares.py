@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors import placement
-from actors.shares import Machine, NodeFacts, Share, devices_of, share_of, threads_of
+from actors.shares import Machine, NodeFacts, Share, bundles_of, devices_of, shares_of, threads_of
 from sharding.errors import ConfigError
 from sharding.kernels import DeviceFacts, cpu_kernels
 
@@ -27,43 +27,52 @@ def on(node: str, identity: str, usable_bytes: int) -> NodeFacts:
     [([2], 2, 1), ([2], 1, 2), ([2], 3, 1 / 2), ([16], 3, 5), ([8, 8], 2, 8), ([8, 4], 3, 4)],
 )
 def test_cores_are_divided_over_the_stages(nodes: list[int], stages: int, cpus: float) -> None:
-    assert share_of(machines(nodes), stages, on_gpus=False) == Share(cpus)
+    shares = shares_of(machines(nodes), stages, on_gpus=False)
+    assert shares == [Share(stage, cpus) for stage in range(stages)]
+    assert bundles_of(shares) == [{"CPU": cpus}] * stages
 
 
 @given(st.lists(st.integers(1, 64), min_size=1, max_size=5), st.integers(1, 64))
 def test_every_stage_finds_room(nodes: list[int], stages: int) -> None:
     """As Ray counts: in parts of ten thousand, rounded."""
-    cpus = share_of(machines(nodes), stages, on_gpus=False).cpus
+    cpus = shares_of(machines(nodes), stages, on_gpus=False)[0].cpus
     assert cpus > 0
     assert sum(node * 10_000 // round(cpus * 10_000) for node in nodes) >= stages
 
 
 @pytest.mark.parametrize(
-    ("nodes", "stages", "gpus"),
+    ("nodes", "gpus"),
     [
-        ([1], 1, 1),
-        ([8], 4, 1),
-        ([1], 4, 1 / 4),
-        ([1], 3, 0.3333),
-        ([0, 2, 1], 5, 1 / 2),
-        ([1, 1], 2, 1),
+        ([1], [1]),
+        ([8], [1, 1, 1, 1]),
+        ([1], [1 / 4, 1 / 4, 1 / 4, 1 / 4]),
+        ([1], [0.3333, 0.3333, 0.3333]),
+        ([1, 1], [1, 1]),
+        ([0, 2, 1], [1 / 2, 1 / 2, 1 / 2, 1 / 2, 1]),
+        ([4], [1 / 2, 1 / 2, 1, 1, 1]),
     ],
 )
-def test_gpus_are_divided_over_the_stages(nodes: list[int], stages: int, gpus: float) -> None:
+def test_gpus_are_divided_over_the_stages(nodes: list[int], gpus: list[float]) -> None:
     """A stage has one GPU or a part of one, and needs no core of its own to start kernels."""
-    assert share_of([Machine(8, each) for each in nodes], stages, on_gpus=True) == Share(0, gpus)
+    shares = shares_of([Machine(8, each) for each in nodes], len(gpus), on_gpus=True)
+    assert [share.gpus for share in shares] == gpus
+    assert {share.cpus for share in shares} == {0}
 
 
 @given(st.lists(st.integers(0, 8), min_size=1, max_size=5).filter(any), st.integers(1, 64))
-def test_every_stage_finds_a_gpu(nodes: list[int], stages: int) -> None:
-    """As Ray counts: a part of one GPU, never of two."""
-    gpus = share_of([Machine(8, each) for each in nodes], stages, on_gpus=True).gpus
-    assert sum(nodes) * (10_000 // round(gpus * 10_000)) >= stages
+def test_every_stage_finds_a_gpu_and_no_gpu_is_left_out(nodes: list[int], stages: int) -> None:
+    """As Ray counts: whole GPUs are reserved, and the stages on one do not ask for more than it."""
+    shares = shares_of([Machine(8, each) for each in nodes], stages, on_gpus=True)
+    assert bundles_of(shares) == [{"GPU": 1}] * min(stages, sum(nodes))
+    assert [share.bundle for share in shares] == sorted(share.bundle for share in shares)
+    for bundle in range(min(stages, sum(nodes))):
+        there = [round(share.gpus * 10_000) for share in shares if share.bundle == bundle]
+        assert 0 < sum(there) <= 10_000
 
 
 def test_without_a_gpu_in_the_cluster_triton_is_refused() -> None:
     with pytest.raises(ConfigError, match="Ray knows of none"):
-        share_of(machines([8, 8]), 2, on_gpus=True)
+        shares_of(machines([8, 8]), 2, on_gpus=True)
 
 
 @pytest.mark.parametrize(

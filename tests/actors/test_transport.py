@@ -6,6 +6,7 @@ import contextlib
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
 
 import msgspec
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from actors.pipeline import RESULT, SocketPipeline
 from actors.transport import HEADER, Edge, Listener, connect
-from sharding.batch import Result
+from sharding.batch import Batch, Result
 from sharding.errors import PeerLostError, ProtocolError
 
 SECRET = b"s" * 32
@@ -93,6 +94,38 @@ def test_results_that_came_together_are_all_received() -> None:
         found = [pipeline.receive(timeout_s=10) for _ in range(3)]
         assert [result.step for result in found if result is not None] == [0, 1, 2]
         assert pipeline.receive(timeout_s=0) is None
+        pipeline.close()
+
+
+@pytest.mark.parametrize("noticed_by", ["send", "receive"])
+def test_the_last_words_of_a_first_stage_that_died_are_heard(noticed_by: str) -> None:
+    """Its end is seen at the front before what it still sent comes out at the back."""
+    with joined() as (front, first_stage), joined() as (last_stage, back):
+        pipeline = SocketPipeline(front, back, 2)
+        first_stage.close()
+        if noticed_by == "receive":
+            assert pipeline.receive(timeout_s=10) is None
+        pipeline.send(Batch(2))
+        pipeline.wake()
+        told = Result(1, error="CUDA error: an illegal memory access")
+        last_stage.send(RESULT, 1, msgspec.msgpack.encode(told))
+        assert pipeline.receive(timeout_s=10) == told
+        last_stage.close()
+        with pytest.raises(PeerLostError):
+            pipeline.receive(timeout_s=10)
+        pipeline.close()
+
+
+def test_a_first_stage_that_died_without_a_word_is_noticed() -> None:
+    """Also when the others cannot tell: one of them computes, or hangs."""
+    with joined() as (front, first_stage), joined() as (_, back):
+        pipeline = SocketPipeline(front, back, 2)
+        first_stage.close()
+        assert pipeline.receive(timeout_s=10) is None
+        begin = time.monotonic()
+        with pytest.raises(PeerLostError, match="closed the edge"):
+            pipeline.receive(timeout_s=30)
+        assert time.monotonic() - begin < 2
         pipeline.close()
 
 

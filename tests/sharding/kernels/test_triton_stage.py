@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is for Linux on x86-64")
 
 from sharding.batch import Segment
-from sharding.errors import ConfigError
+from sharding.errors import ConfigError, StageError
 from sharding.gguf.reader import GGUFFile
 from sharding.kernels import Kernels
 from sharding.kernels import triton as triton_set
@@ -208,6 +208,25 @@ def test_a_driver_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> N
 
     forged_gpu(monkeypatch, init, 90)
     with pytest.raises(ConfigError, match="needs a GPU: The NVIDIA driver .* is too old"):
+        choose_device()
+
+
+@pytest.mark.parametrize("error", [torch.AcceleratorError, torch.OutOfMemoryError])
+def test_a_gpu_that_fails_for_now_is_told_apart_from_one_that_cannot_be_used(
+    monkeypatch: pytest.MonkeyPatch, error: type[RuntimeError]
+) -> None:
+    """Who starts stages tries again after a `StageError`, and gives up after a `ConfigError`."""
+
+    def fail(*_: object) -> None:
+        raise error("CUDA-capable device(s) is/are busy or unavailable")
+
+    kernels = triton_set.TritonKernels()
+    monkeypatch.setattr(kernels, "_launch", fail)
+    with pytest.raises(StageError, match="the GPU fails: .* busy"):
+        kernels._try()
+    assert kernels.works() == (error is torch.OutOfMemoryError)  # full is not broken
+    forged_gpu(monkeypatch, fail, 90)
+    with pytest.raises(StageError, match="the GPU fails: .* busy"):
         choose_device()
 
 
