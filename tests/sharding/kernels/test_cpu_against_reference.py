@@ -28,6 +28,7 @@ from tests.sharding.kernels.world import (
     normal,
     random_pages,
     random_raw,
+    same,
 )
 
 REFERENCE = ReferenceKernels()
@@ -41,11 +42,6 @@ def columns(name: str) -> st.SearchStrategy[int]:
     """Columns that a format allows: any number for the float ones."""
     block = bounds.BY_NAME[name].block_elements
     return st.integers(1, 600 // block).map(lambda blocks: blocks * block)
-
-
-def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal, where a NaN is equal to a NaN."""
-    return bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 @settings(max_examples=150, deadline=None)

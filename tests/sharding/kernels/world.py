@@ -66,6 +66,11 @@ def normal(*shape: int, seed: int = 1) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal, where a NaN is equal to a NaN."""
+    return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
 @dataclass(frozen=True)
 class Heads:
     """Query heads, kv heads, head dim; `rope_dims` of it turn, in the pairs of `pairs`."""
