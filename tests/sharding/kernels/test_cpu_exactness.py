@@ -213,7 +213,14 @@ def test_blocks_in_one_call_are_their_kernels_one_by_one(isa: str, tokens: int) 
     all_rows = run(kernels.layers, None)
     assert all_rows[0].isfinite().all(dim=1).tolist() == [True] * (tokens + 1) + [False]
     some = [tokens - 1, tokens + 1]
-    wanted_rows = (None, [], [0], some, list(range(0, tokens + 2, 2)), list(range(tokens + 2)))
+    wanted_rows: list[list[int] | None] = [
+        None,
+        [],
+        [0],
+        some,
+        list(range(0, tokens + 2, 2)),
+        list(range(tokens + 2)),
+    ]
     for threads in (2, 3, 1):
         use_threads(threads)
         for wanted in wanted_rows:
