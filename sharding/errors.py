@@ -1,4 +1,4 @@
-"""The error tree of the whole project, and nothing else.
+"""The error tree of the whole project, and what torch raises beside it; nothing else.
 
     LongspanError                   everything that a user or a machine can cause
     ├── ModelFileError              a model file cannot be used
@@ -119,3 +119,7 @@ class StageError(PipelineError):
 
 class DeviceLostError(PipelineError):
     """The device of a stage failed in use: only a new process may find it working again."""
+
+
+COMPUTING_FAILED: tuple[type[Exception], ...] = (RuntimeError, IndexError, MemoryError)
+"""What torch raises where a batch cannot be computed, above all when memory is short."""

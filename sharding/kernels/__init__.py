@@ -31,9 +31,6 @@ KERNEL_SETS = ("cpu", "reference", "triton")
 _HOST_SHARE = 0.8
 _GPU_SHARE = 0.9
 
-FAILURES: tuple[type[Exception], ...] = (RuntimeError, IndexError, MemoryError)
-"""What torch raises where a batch cannot be computed, above all when memory is short."""
-
 if TYPE_CHECKING:
     import torch
 

@@ -15,8 +15,7 @@ import torch
 
 from sharding.batch import PAGE_SLOTS
 from sharding.cost import PANEL_ROWS
-from sharding.errors import ConfigError, UnsupportedModelError
-from sharding.kernels import FAILURES
+from sharding.errors import COMPUTING_FAILED, ConfigError, UnsupportedModelError
 
 try:
     from sharding.kernels import _cpu
@@ -47,7 +46,7 @@ class CPUKernels:
     """
 
     name = "cpu"
-    failures = FAILURES
+    failures = COMPUTING_FAILED
     device = torch.device("cpu")
 
     def __init__(self, instruction_set: str = INSTRUCTION_SETS[0]) -> None:

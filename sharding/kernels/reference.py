@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import silu
 
+from sharding.errors import COMPUTING_FAILED
 from sharding.gguf.quants import dequantise
-from sharding.kernels import FAILURES
 from sharding.kernels.composed import ComposedHead, ComposedLayers
 from sharding.model.sampling import gumbel_argmax
 
@@ -67,7 +67,7 @@ class ReferenceKernels:
     """See the contract in `sharding/kernels/__init__.py`."""
 
     name = "reference"
-    failures = FAILURES
+    failures = COMPUTING_FAILED
     device = torch.device("cpu")
 
     def pack(self, file: GGUFFile, names: Sequence[str]) -> Weight:

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sharding.errors import ConfigError, StageError, UnsupportedModelError
-from sharding.kernels import FAILURES
+from sharding.errors import COMPUTING_FAILED, ConfigError, StageError, UnsupportedModelError
 from sharding.kernels.composed import ComposedHead, ComposedLayers
 from sharding.kernels.planes import PLANES
 
@@ -91,7 +90,7 @@ class TritonKernels:
     """See the contract in `sharding/kernels/__init__.py`."""
 
     name = "triton"
-    failures = (*FAILURES, TritonError)  # a kernel that a new shape needs may not compile
+    failures = (*COMPUTING_FAILED, TritonError)  # a kernel that a new shape needs may not compile
 
     def __init__(self) -> None:
         self.device = choose_device()
