@@ -19,8 +19,10 @@ help:  ## show this list
 demo: $(VENV)/.runtime  ## fetch the demo model, serve it over 2 stages, stream one answer
 	@$(BIN)/python -m serving.demo
 
+# Those of the Ray cluster by themselves: they wait for processes, which others would slow down.
 test: $(VENV)/.test  ## run all tests
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -m "not ray" --numprocesses auto --maxprocesses 8 --dist worksteal
+	@$(BIN)/python -m pytest -m ray
 
 lint: $(VENV)/.test  ## check style and types
 	@$(BIN)/python -m ruff check

@@ -8,6 +8,8 @@ import sys
 import threading
 from pathlib import Path
 
+import pytest
+
 from actors.cores import behind_computing, compute_first
 from sharding.kernels import take_cores, use_threads
 from tests.served import Served
@@ -77,6 +79,7 @@ def test_kernels_that_have_fewer_threads_run_anywhere() -> None:
     use_threads(1, "cpu")
 
 
+@pytest.mark.ray
 def test_served_stages_compute_before_everything_else(served: Served) -> None:
     engine, stages = served.deployment.pids()
 

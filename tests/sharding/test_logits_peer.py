@@ -55,8 +55,11 @@ def peer_forecast(path: Path, tokens: list[int], vocab: int) -> Forecast:
 
 
 def _successors(peer: Peer, prefix: list[int], true: int, vocab: int) -> dict[int, float]:
-    found = peer.next_logprobs(prefix, 100)
-    return found if true in found else peer.next_logprobs(prefix, vocab)
+    for most in (100, 4000, vocab):  # all of them take half a second
+        found = peer.next_logprobs(prefix, most)
+        if true in found:
+            return found
+    raise AssertionError(f"llama.cpp knows no token {true}")
 
 
 def write_as_float32(file: GGUFFile, path: Path) -> None:
