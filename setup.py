@@ -23,6 +23,8 @@ COMMON = ["-std=c++20", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-math-errno"
 COMMON += ["-ffp-contract=off", "-fno-strict-aliasing"]
 # GCC 12 warns of its own headers for AVX-512.
 COMMON += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+# Vectors wider than an instruction set's registers never leave a file.
+COMMON += ["-Wno-psabi"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 OF_FILE = {

@@ -33,6 +33,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from bench.operands import Heads, Shape, filled_layers, one_request, raw_file
 from bench.report import Report
+from sharding.batch import SamplingParams
 from sharding.kernels.planes import BLOCK
 from sharding.kernels.triton import TritonKernels, interpreted
 from sharding.kernels.triton_products import FEW_TOKENS
@@ -89,9 +90,9 @@ class Cases:
             yield from self._attention(heads)
         for tokens in (1, self._sizes.chunk):
             yield from self._rows(tokens)
-        scaled_V = torch.randn(self._sizes.shapes[-1][0], device=self._device).double()
-        draw = partial(self._kernels.gumbel_argmax, scaled_V, 1, 2)
-        yield Case(f"draw of {len(scaled_V)}", [draw], scaled_V.nbytes)
+        logits_V = torch.randn(self._sizes.shapes[-1][0], device=self._device)
+        draw = partial(self._kernels.draw, logits_V, SamplingParams(seed=1), 2, 1, None)
+        yield Case(f"draw of {len(logits_V)}", [draw], logits_V.nbytes)
 
     def _products(self, format: str, shape: Shape) -> Iterator[Case]:
         kernels, (rows, cols) = self._kernels, shape

@@ -24,7 +24,7 @@ from sharding.model.attention import build_index
 from sharding.model.block import load_block
 from sharding.model.kv_cache import PageStore
 from sharding.model.rope import frequencies
-from sharding.model.sampling import History, draw, score, takes_likeliest
+from sharding.model.sampling import History, score, takes_likeliest
 from sharding.model.weights import (
     EMBEDDING,
     OUTPUT_NORM,
@@ -288,8 +288,11 @@ class Stage:
     def _draw(self, segment: Segment, logits_V: torch.Tensor) -> Choice:
         entry, position = self._open[segment.request], segment.start + len(segment.tokens)
         drawn = position - entry.opened.prompt_tokens
-        race = self.kernels.gumbel_argmax
-        return draw(logits_V, entry.opened.sampling, position, drawn, entry.history, race)
+        params = entry.opened.sampling
+        token = self.kernels.draw(logits_V, params, position, drawn, entry.history)
+        if params.logprobs is None:
+            return Choice(token)
+        return self.kernels.score(logits_V, token, params.logprobs)
 
     def _scores(
         self, segment: Segment, hidden_TI: torch.Tensor, first_row: int

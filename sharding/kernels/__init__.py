@@ -34,9 +34,11 @@ _GPU_SHARE = 0.9
 if TYPE_CHECKING:
     import torch
 
+    from sharding.batch import Choice, SamplingParams
     from sharding.gguf.reader import GGUFFile
     from sharding.model.attention import BatchIndex
     from sharding.model.kv_cache import LayerPages
+    from sharding.model.sampling import History
 
 
 class Weight(Protocol):
@@ -160,11 +162,22 @@ class Kernels(Protocol):
     def gated_silu(self, gate_up_T2F: torch.Tensor) -> torch.Tensor:
         """`silu(gate) * up`, `[T, F]` (Shazeer 2020, SwiGLU)."""
 
-    def gumbel_argmax(self, scaled_V: torch.Tensor, seed: int, position: int) -> int:
-        """The id of the largest `scaled + noise`, both float64; one is above -inf.
+    def draw(
+        self,
+        logits_V: torch.Tensor,
+        params: SamplingParams,
+        position: int,
+        drawn: int,
+        history: History | None,
+    ) -> int:
+        """The id that `sharding.model.sampling.draw` draws, which explains the arguments.
 
-        The noise is `sharding.model.sampling.gumbel` of (seed, position, id).
+        Raises `StageError` as that does.
         """
+
+    def score(self, logits_V: torch.Tensor, token: int, alternatives: int) -> Choice:
+        """The token with its log-probability and the likeliest ones': `sharding.model.sampling`
+        has a `score` of many rows. Raises `StageError` as that does."""
 
     def works(self) -> bool:
         """Whether its device computes: a GPU that failed in use fails every later call of the

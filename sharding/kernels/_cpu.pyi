@@ -58,9 +58,26 @@ class Kernels:
     def gated_silu(self, x: int, tokens: int, width: int, y: int) -> None: ...
     def rotate_and_store(self, qkv: int, batch: Batch, pages: Pages, q: int) -> None: ...
     def attention(self, q: int, batch: Batch, pages: Pages, window: int, y: int) -> None: ...
+    def draw(
+        self,
+        logits: int,
+        n: int,
+        filters: Sequence[float],
+        penalties: Sequence[float],
+        seen: int,
+        counts: int,
+        biased: Sequence[int],
+        bias: Sequence[float],
+        banned: Sequence[int],
+        seed: int,
+        position: int,
+    ) -> int:
+        """`filters`: temperature, top_k, top_p, min_p; `penalties`: repetition, presence,
+        frequency. -1 where nothing can be drawn."""
+    def score(self, logits: int, n: int, token: int, alternatives: int) -> list[tuple[int, float]]:
+        """The token, then the likeliest; empty for logits that are broken."""
 
 def instruction_sets() -> list[str]: ...
-def gumbel_argmax(scaled: int, n: int, seed: int, position: int) -> int: ...
 def use_threads(threads: int) -> None: ...
 def threads() -> int: ...
 def pairs_columns() -> bool:

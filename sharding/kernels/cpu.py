@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sharding.batch import PAGE_SLOTS
+from sharding.batch import PAGE_SLOTS, Choice
 from sharding.cost import PANEL_ROWS
 from sharding.errors import COMPUTING_FAILED, ConfigError, UnsupportedModelError
 
@@ -24,12 +24,15 @@ except ImportError as missing:
         f"the compiled CPU kernels are not installed here ({missing}); install Longspan where a "
         "C++ compiler is, or choose --kernels reference"
     ) from missing
+from sharding.model.sampling import banned, draw, score
 
 if TYPE_CHECKING:
+    from sharding.batch import SamplingParams
     from sharding.gguf.reader import GGUFFile, TensorInfo
     from sharding.kernels import BlockWeights, Weight
     from sharding.model.attention import BatchIndex, Rows
     from sharding.model.kv_cache import LayerPages
+    from sharding.model.sampling import History
 
 INSTRUCTION_SETS: tuple[str, ...] = tuple(_cpu.instruction_sets())
 """What this processor runs, fastest first; `portable` is always among them."""
@@ -138,10 +141,42 @@ class CPUKernels:
         self.native.gated_silu(_address(gate_up_T2F), tokens, width // 2, y_TF.data_ptr())
         return y_TF
 
-    def gumbel_argmax(self, scaled_V: torch.Tensor, seed: int, position: int) -> int:
-        """Logarithms only of the few whose noise could suffice."""
-        assert scaled_V.dtype == torch.float64 and scaled_V.is_contiguous(), scaled_V.dtype
-        return _cpu.gumbel_argmax(scaled_V.data_ptr(), len(scaled_V), seed % (1 << 64), position)
+    def draw(
+        self,
+        logits_V: torch.Tensor,
+        params: SamplingParams,
+        position: int,
+        drawn: int,
+        history: History | None,
+    ) -> int:
+        """Without a tensor in between: of a large vocabulary those cost more than a small model."""
+        seen = counts = 0
+        if params.needs_history:
+            assert history is not None, "penalties need a history"
+            seen, counts = history.seen_V.data_ptr(), history.output_counts_V.data_ptr()
+        token = self.native.draw(
+            _address(logits_V),
+            len(logits_V),
+            (params.temperature, params.top_k, params.top_p, params.min_p),
+            (params.repetition_penalty, params.presence_penalty, params.frequency_penalty),
+            seen,
+            counts,
+            tuple(params.logit_bias),
+            tuple(params.logit_bias.values()),
+            banned(params, drawn),
+            params.seed % (1 << 64),
+            position,
+        )
+        if token >= 0:
+            return token
+        return draw(logits_V, params, position, drawn, history)  # which says what is wrong
+
+    def score(self, logits_V: torch.Tensor, token: int, alternatives: int) -> Choice:
+        """One pass for the sum, one for the likeliest."""
+        found = self.native.score(_address(logits_V), len(logits_V), token, alternatives)
+        if not found:
+            return score(logits_V[None], [token], alternatives)[0]  # which says what is wrong
+        return Choice(*found[0], found[1:])
 
     def works(self) -> bool:
         """A processor that fails takes the process with it."""

@@ -22,13 +22,15 @@ from torch.nn.functional import silu
 from sharding.errors import COMPUTING_FAILED
 from sharding.gguf.quants import dequantise
 from sharding.kernels.composed import ComposedHead, ComposedLayers
-from sharding.model.sampling import gumbel_argmax
+from sharding.model.sampling import draw, score
 
 if TYPE_CHECKING:
+    from sharding.batch import Choice, SamplingParams
     from sharding.gguf.reader import GGUFFile
     from sharding.kernels import BlockWeights, Weight
     from sharding.model.attention import BatchIndex, Rows
     from sharding.model.kv_cache import LayerPages
+    from sharding.model.sampling import History
 
 
 ROW_TILE = 4
@@ -131,9 +133,20 @@ class ReferenceKernels:
         gate, up = gate_up_T2F.chunk(2, dim=-1)
         return silu(gate) * up
 
-    def gumbel_argmax(self, scaled_V: torch.Tensor, seed: int, position: int) -> int:
-        """By definition."""
-        return gumbel_argmax(scaled_V, seed, position)
+    def draw(
+        self,
+        logits_V: torch.Tensor,
+        params: SamplingParams,
+        position: int,
+        drawn: int,
+        history: History | None,
+    ) -> int:
+        """Torch, token by token of the definition."""
+        return draw(logits_V, params, position, drawn, history)
+
+    def score(self, logits_V: torch.Tensor, token: int, alternatives: int) -> Choice:
+        """A slab of one row."""
+        return score(logits_V[None], [token], alternatives)[0]
 
     def works(self) -> bool:
         """A processor that fails takes the process with it."""

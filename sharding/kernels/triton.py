@@ -41,12 +41,15 @@ from sharding.kernels.triton_plan import (
     plan_work,
 )
 from sharding.kernels.triton_weights import PlanesWeight, pack
+from sharding.model.sampling import draw, score
 
 if TYPE_CHECKING:
+    from sharding.batch import Choice, SamplingParams
     from sharding.gguf.reader import GGUFFile
     from sharding.kernels import BlockWeights, Layers, Weight
     from sharding.model.attention import BatchIndex
     from sharding.model.kv_cache import LayerPages
+    from sharding.model.sampling import History
 
 LEAST_CAPABILITY = (8, 0)
 """Ampere: the first with the asynchronous copies and matrix instructions that Triton emits here."""
@@ -189,9 +192,20 @@ class TritonKernels:
         """The first half of the columns is the gate."""
         return triton_rows.gated_silu(gate_up_T2F)
 
-    def gumbel_argmax(self, scaled_V: torch.Tensor, seed: int, position: int) -> int:
-        """Block by block, then among the blocks' best."""
-        return triton_rows.gumbel_argmax(scaled_V, seed, position)
+    def draw(
+        self,
+        logits_V: torch.Tensor,
+        params: SamplingParams,
+        position: int,
+        drawn: int,
+        history: History | None,
+    ) -> int:
+        """Among all tokens block by block, then among the blocks' best; filters are torch's."""
+        return draw(logits_V, params, position, drawn, history, triton_rows.gumbel_argmax)
+
+    def score(self, logits_V: torch.Tensor, token: int, alternatives: int) -> Choice:
+        """A slab of one row."""
+        return score(logits_V[None], [token], alternatives)[0]
 
     def layers(self, weights: Sequence[BlockWeights], pages: Sequence[LayerPages]) -> Layers:
         """Kernel by kernel, on a GPU as graphs too. Raises `UnsupportedModelError` for heads beyond

@@ -14,8 +14,8 @@ summation, whereas inverting a cumulative sum carries a rounding in one token ov
 ones. And logits that differ by a tiny error change the result only where two candidates lie closer
 than that error, not wherever a cumulative border moved. The noise is no stream with a state but a
 hash of (seed, position, token id), so a token never depends on the batch it was drawn in, on the
-number of stages or on a repair. On a GPU the integers are the same; a float64 `log` or a `cumsum`
-may round its last bit differently there.
+number of stages or on a repair. The CPU's kernels draw the same in C++, and a GPU's in part: the
+integers are the same there, a float64 `exp` or `log` or a sum may round its last bits differently.
 
 Shapes: V vocabulary, T tokens, N some of the vocabulary.
 """
@@ -47,7 +47,7 @@ Race = Callable[[Tensor, int, int], int]
 
 class History:
     """What penalties need to know of a request: `seen_V` (bool: in prompt or output) and
-    `output_counts_V` (float32, exact up to 2**24)."""
+    `output_counts_V` (float32, exact up to 2**24; what was counted was seen)."""
 
     def __init__(self, vocab: int, device: str | torch.device = "cpu") -> None:
         self.seen_V = torch.zeros(vocab, dtype=torch.bool, device=device)
@@ -77,7 +77,7 @@ def draw(
     drawn: int,
     history: History | None,
     race: Race = gumbel_argmax,
-) -> Choice:
+) -> int:
     """Draw the token at index `position` of its request (prompt tokens + tokens drawn before).
 
     `logits_V` float32, unchanged on return; `drawn` counts the tokens drawn before. `history` may
@@ -85,11 +85,11 @@ def draw(
     filters them. Equal logits at temperature 0: the lowest id.
     Raises `StageError` if a logit is NaN or +inf, or if no token is left to draw.
     """
-    if takes_likeliest(params, drawn):
+    if params.temperature == 0.0 and not _adjusts(params, drawn):
         values_V = _for_argmax(logits_V)
         token = int(values_V.argmax())  # nothing of the below would move it
         if math.isfinite(values_V[token]):
-            return Choice(token)
+            return token
     _check(logits_V, f"position {position}")
     adjusted_V = _adjust(logits_V, params, drawn, history)
     best = float(adjusted_V.max())
@@ -99,22 +99,17 @@ def draw(
             "lower min_tokens or shorten stop_token_ids"
         )
     if params.temperature == 0.0:
-        token = _largest_id(adjusted_V)
-    else:
-        scaled_V = (adjusted_V - best) / params.temperature
-        ids_N = survivors(scaled_V, params)
-        if ids_N is None:
-            token = race(scaled_V, params.seed, position)
-        else:
-            noisy_N = scaled_V[ids_N] + gumbel(params.seed, position, ids_N)
-            token = int(ids_N[noisy_N.argmax()])
-    if params.logprobs is None:
-        return Choice(token)
-    return score(logits_V[None], [token], params.logprobs)[0]
+        return _largest_id(adjusted_V)
+    scaled_V = (adjusted_V - best) / params.temperature
+    ids_N = survivors(scaled_V, params)
+    if ids_N is None:
+        return race(scaled_V, params.seed, position)
+    noisy_N = scaled_V[ids_N] + gumbel(params.seed, position, ids_N)
+    return int(ids_N[noisy_N.argmax()])
 
 
 def takes_likeliest(params: SamplingParams, drawn: int) -> bool:
-    """Whether `draw` takes the largest logit, the lowest id of equals, and says no more."""
+    """Whether the largest logit is drawn, the lowest id of equals, and nothing is said of it."""
     return params.temperature == 0.0 and params.logprobs is None and not _adjusts(params, drawn)
 
 
@@ -176,8 +171,12 @@ def _check(logits: Tensor, where: str) -> None:
 
 def _adjusts(params: SamplingParams, drawn: int) -> bool:
     """Whether `_adjust` changes any logit."""
-    banned = drawn < params.min_tokens and bool(params.stop_ids)
-    return bool(params.logit_bias) or params.needs_history or banned
+    return bool(params.logit_bias) or params.needs_history or bool(banned(params, drawn))
+
+
+def banned(params: SamplingParams, drawn: int) -> tuple[int, ...]:
+    """What may not be drawn yet."""
+    return params.stop_ids if drawn < params.min_tokens else ()
 
 
 def _adjust(
@@ -193,21 +192,21 @@ def _adjust(
     if params.needs_history:
         assert history is not None, "penalties need a history"
         values_V = _penalise(values_V, params, history)
-    if drawn < params.min_tokens and params.stop_ids:
-        values_V[list(params.stop_ids)] = -math.inf
+    if ids := banned(params, drawn):
+        values_V[list(ids)] = -math.inf
     return values_V
 
 
 def _penalise(values_V: Tensor, params: SamplingParams, history: History) -> Tensor:
     """Repetition penalty as in CTRL (arXiv 1909.05858) and Hugging Face's processor: what favours
     a seen token shrinks, what speaks against it grows. Presence and frequency as OpenAI's."""
-    repetition, counts_V = params.repetition_penalty, history.output_counts_V
+    repetition, counts_V = params.repetition_penalty, history.output_counts_V.double()
     if repetition != 1.0:
         against_V = torch.where(values_V > 0, values_V / repetition, values_V * repetition)
         # A penalty near 0 sends a logit beyond the largest float; +inf - +inf would be NaN.
         against_V.clamp_(max=torch.finfo(torch.float64).max)
         values_V = torch.where(history.seen_V, against_V, values_V)
-    values_V = values_V - params.presence_penalty * (counts_V > 0)
+    values_V = values_V - params.presence_penalty * (counts_V > 0).double()
     return values_V - params.frequency_penalty * counts_V
 
 

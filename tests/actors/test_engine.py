@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from contextlib import closing
 
 import pytest
+from msgspec import convert
 
 from actors.engine import Engine
 from actors.request import Event, GenerateRequest
-from sharding.batch import Batch, SamplingParams
+from sharding.batch import Batch, Choice, SamplingParams
 from sharding.errors import ContextLengthError, LongspanError, StageError, UnavailableError
 from sharding.gguf.reader import GGUFFile
 from tests.stages import GREEDY, generate, local_engine, tokens_of, wait_until
@@ -97,6 +98,24 @@ def test_prompt_scores_are_the_log_probabilities_of_the_prompt(engine: Engine) -
     for score, choice in zip(scores[2:], tokens, strict=True):
         assert score.logprob == pytest.approx(choice.logprob, abs=1e-4)
         assert [token for token, _ in score.top] == [token for token, _ in choice.top]
+
+
+def test_a_drawn_token_reports_the_model_s_own_distribution(engine: Engine) -> None:
+    """From before bias and temperature: what clients compare between settings; and only if asked
+    for: no log-probability is not 0, which would mean certainty."""
+
+    def first(**params: object) -> Choice:
+        asked = convert(params, SamplingParams)
+        drawn = list(engine.generate(GenerateRequest("o", [5, 6, 7], 1, asked)))
+        return next(choice for event in drawn for choice in event.tokens)
+
+    plain = first(temperature=0.0, logprobs=3)
+    biased = first(temperature=0.5, logprobs=3, logit_bias={9: 100.0})
+    assert biased.token == 9 != plain.token
+    assert biased.top == plain.top
+    assert biased.logprob is not None and plain.logprob is not None
+    assert biased.logprob < plain.logprob
+    assert first(temperature=1.0, seed=4).logprob is None
 
 
 def test_a_request_that_can_never_fit_is_refused(engine: Engine) -> None:

@@ -1,4 +1,5 @@
-"""Drawing against a slow numpy twin, against the distribution it promises, and on broken logits."""
+"""Drawing against a slow numpy twin, against the distribution it promises, and on broken logits: by
+torch, and by the compiled kernels of every instruction set."""
 
 from __future__ import annotations
 
@@ -10,21 +11,40 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
-from numpy.typing import NDArray
 from torch import Tensor
 
 from sharding.batch import SamplingParams
 from sharding.errors import StageError
+from sharding.kernels import Kernels
+from sharding.kernels.reference import ReferenceKernels
 from sharding.model.sampling import (
-    LEAST_LOGPROB,
     History,
-    draw,
     gumbel,
-    score,
     survivors,
 )
+from tests.sharding.kernels.instruction_sets import KERNELS
 
 INF = math.inf
+SETS: dict[str, Kernels] = {"reference": ReferenceKernels(), **KERNELS}
+
+
+class Tested:
+    """What draws."""
+
+    kernels: Kernels = SETS["reference"]
+
+
+@pytest.fixture(params=SETS, autouse=True, scope="module")
+def tested(request: pytest.FixtureRequest) -> None:
+    """All tests, one kernel set after the other."""
+    Tested.kernels = SETS[request.param]
+
+
+def draw(
+    logits_V: Tensor, params: SamplingParams, position: int, drawn: int, history: History | None
+) -> int:
+    """The token that the tested kernels draw."""
+    return Tested.kernels.draw(logits_V, params, position, drawn, history)
 
 
 def row(*logits: float) -> Tensor:
@@ -39,7 +59,7 @@ def noise_row(vocab: int, seed: int = 0) -> Tensor:
 
 def token_at(logits_V: Tensor, params: SamplingParams, position: int = 5, drawn: int = 0) -> int:
     """The token drawn there without a history."""
-    return draw(logits_V, params, position, drawn, None).token
+    return draw(logits_V, params, position, drawn, None)
 
 
 def left(scaled_V: Tensor, params: SamplingParams) -> list[int]:
@@ -290,7 +310,7 @@ def adjusted_by(params: SamplingParams, prompt: list[int], output: list[int]) ->
         while high - low > 1e-6:
             middle = (low + high) / 2
             biased = replace(params, temperature=0.0, logit_bias={4: middle})
-            won = draw(logits, biased, 9, 9, told(5, prompt, output)).token == 4
+            won = draw(logits, biased, 9, 9, told(5, prompt, output)) == 4
             low, high = (low, middle) if won else (middle, high)
         found.append(round(low, 4))
     return found
@@ -314,13 +334,13 @@ class TestPenalties:
     def test_bias_comes_before_the_repetition_penalty(self) -> None:
         """(1 + 3) / 2 = 2 loses to 2.25; 1 / 2 + 3 would win."""
         params = SamplingParams(temperature=0.0, repetition_penalty=2.0, logit_bias={0: 3.0})
-        assert draw(row(1.0, 2.25), params, 1, 0, told(2, [0], [])).token == 1
+        assert draw(row(1.0, 2.25), params, 1, 0, told(2, [0], [])) == 1
 
     @pytest.mark.parametrize("penalty", [1e-320, 1e-40, 1e-9])
     def test_a_penalty_near_0_does_not_break_the_draw(self, penalty: float) -> None:
         """The API allows any penalty above 0: quotients overflow, and -inf * 0 is NaN."""
         params = SamplingParams(repetition_penalty=penalty)
-        assert draw(row(3.0, -INF, 1.0), params, 2, 2, told(3, [], [0, 1])).token == 0
+        assert draw(row(3.0, -INF, 1.0), params, 2, 2, told(3, [], [0, 1])) == 0
 
     def test_stop_ids_are_banned_until_min_tokens_were_drawn(self) -> None:
         """Off by one ends an answer a token early or late."""
@@ -339,75 +359,3 @@ class TestPenalties:
         params = SamplingParams(stop_ids=(0, 1), min_tokens=1)
         with pytest.raises(StageError, match="all 2 tokens are banned.*min_tokens"):
             token_at(row(0.0, 0.0), params)
-
-
-def slow_logprobs(logits_V: Tensor) -> NDArray[np.float64]:
-    """Log-softmax in float64."""
-    x = logits_V.double().numpy()
-    shifted = x - x.max()
-    logprobs: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum())
-    return logprobs
-
-
-class TestLogprobs:
-    """Log-probabilities of drawn and of given tokens."""
-
-    def test_a_draw_reports_the_model_s_own_distribution(self) -> None:
-        """Before bias, penalties and temperature: what clients compare between settings."""
-        logits = row(1.0, 2.0, 0.0)
-        params = SamplingParams(temperature=0.0, logit_bias={2: 50.0}, logprobs=2)
-        choice = draw(logits, params, 0, 0, None)
-        expected = slow_logprobs(logits)
-        assert choice.token == 2
-        assert choice.logprob == pytest.approx(expected[2], abs=1e-6)
-        assert [token for token, _ in choice.top] == [1, 0]
-        assert [logprob for _, logprob in choice.top] == pytest.approx(expected[[1, 0]], abs=1e-6)
-
-    def test_logprobs_come_as_asked(self) -> None:
-        """None is absent, not 0, which would mean certainty; 0 asks for the token's own."""
-        logits = row(0.0, 0.0)
-        assert draw(logits, SamplingParams(), 0, 0, None).logprob is None
-        choice = draw(logits, SamplingParams(logprobs=0), 0, 0, None)
-        assert choice.logprob == pytest.approx(-math.log(2))
-        assert choice.top == []
-
-    @pytest.mark.parametrize("alternatives", [None, 0, 3])
-    def test_scores_equal_float64_row_by_row(self, alternatives: int | None) -> None:
-        """70 rows of 50,000 take two slabs. Float32 sums 50,000 positive terms: relative error of
-        the sum, so absolute error of its log, below 50,000 x 6e-8 = 3e-3 at worst, 1e-5 by pairs;
-        the logits themselves carry 1e-6."""
-        logits = torch.stack([noise_row(50_000, seed) for seed in range(70)])
-        targets = [(997 * t) % 50_000 for t in range(70)]
-        found = score(logits, targets, alternatives)
-        assert [choice.token for choice in found] == targets
-        for logits_V, choice in zip(logits, found, strict=True):
-            expected = slow_logprobs(logits_V)
-            assert choice.logprob == pytest.approx(expected[choice.token], abs=2e-5)
-            ranked = np.argsort(-expected, kind="stable")[: alternatives or 0]
-            assert [token for token, _ in choice.top] == ranked.tolist()
-
-    def test_slabs_do_not_change_scores(self) -> None:
-        """A prompt scored in other chunks must give the same numbers to the last bit."""
-        logits = torch.stack([noise_row(50_000, seed) for seed in range(45)])
-        targets = list(range(45))
-        alone = [score(logits[t : t + 1], [t], 2)[0] for t in targets]
-        assert score(logits, targets, 2) == alone
-
-    def test_impossible_tokens_stay_within_json(self) -> None:
-        """JSON has no -Infinity: one such number would make the whole answer unreadable. More
-        alternatives than tokens give all."""
-        choice = score(row(0.0, -INF, -INF)[None], [1], 20)[0]
-        assert choice.logprob == LEAST_LOGPROB == -9999.0
-        assert choice.top == [(0, 0.0), (1, -9999.0), (2, -9999.0)]
-
-    def test_equal_alternatives_come_by_rising_id(self) -> None:
-        """The order of equals must not change between runs."""
-        choice = score(torch.zeros(1, 400), [399], 3)[0]
-        assert [token for token, _ in choice.top] == [0, 1, 2]
-
-    def test_a_broken_row_among_good_ones_is_refused(self) -> None:
-        """A NaN score would be served as a number."""
-        logits = torch.zeros(3, 4)
-        logits[1, 2] = math.nan
-        with pytest.raises(StageError, match=r"rows \[0, 3\): 1 logits are NaN"):
-            score(logits, [0, 0, 0], None)

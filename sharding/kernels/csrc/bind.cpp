@@ -1,5 +1,6 @@
 // The Python module `_cpu`: addresses in, nothing out. sharding/kernels/cpu.py checks every shape.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -11,10 +12,10 @@
 
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "block.h"
-#include "draw.h"
 #include "ops.h"
 #include "pool.h"
 
@@ -167,6 +168,52 @@ void bind_kernels(nb::class_<Kernels> kernels) {
         Release());
 }
 
+// Filters are temperature, top_k, top_p and min_p; penalties repetition, presence and frequency.
+Recipe make_recipe(const std::vector<double>& filters, const std::vector<double>& penalties,
+                   Address seen, Address counts) {
+    Recipe how{};
+    how.temperature = filters.at(0);
+    how.top_k = static_cast<int64_t>(filters.at(1));
+    how.top_p = filters.at(2);
+    how.min_p = filters.at(3);
+    how.repetition = penalties.at(0);
+    how.presence = penalties.at(1);
+    how.frequency = penalties.at(2);
+    how.seen = at<const uint8_t>(seen);
+    how.counts = at<const float>(counts);
+    return how;
+}
+
+void bind_draws(nb::class_<Kernels>& kernels) {
+    kernels.def(
+        "draw",
+        [](const Kernels& self, Address logits, int n, const std::vector<double>& filters,
+           const std::vector<double>& penalties, Address seen, Address counts,
+           std::vector<int64_t> biased, std::vector<double> bias, std::vector<int64_t> banned,
+           uint64_t seed, uint64_t position) {
+            Recipe how = make_recipe(filters, penalties, seen, counts);
+            if (biased.size() != bias.size()) throw std::invalid_argument("a bias is missing");
+            how.biased = std::move(biased);
+            how.bias = std::move(bias);
+            how.banned = std::move(banned);
+            how.seed = seed;
+            how.position = position;
+            return self.ops.draw(at<const float>(logits), n, how);
+        },
+        Release());
+    kernels.def(
+        "score",
+        [](const Kernels& self, Address logits, int n, int64_t token, int alternatives) {
+            std::vector<Scored> scored;
+            if (!self.ops.score(at<const float>(logits), n, token, alternatives, scored))
+                scored.clear();
+            std::vector<std::pair<int64_t, float>> out;
+            for (const Scored& it : scored) out.emplace_back(it.id, it.logprob);
+            return out;
+        },
+        Release());
+}
+
 void bind_head(nb::class_<BoundHead> head) {
     head.def("__init__", [](BoundHead* self, const Kernels& kernels, Address norm, float eps,
                             const Weight& weight) {
@@ -197,12 +244,6 @@ NB_MODULE(_cpu, m) {
         return names;
     });
     m.def("use_threads", &use_threads, Release());
-    m.def(
-        "gumbel_argmax",
-        [](Address scaled, int64_t n, uint64_t seed, uint64_t position) {
-            return gumbel_argmax(at<const double>(scaled), n, seed, position);
-        },
-        Release());
     m.def("pairs_columns", &pairs_columns);
     m.def("pair_columns", &pair_columns);
     m.def("threads", [] { return pool().threads(); });
@@ -267,5 +308,6 @@ NB_MODULE(_cpu, m) {
             },
             Release());
     bind_kernels(kernels);
+    bind_draws(kernels);
     bind_head(nb::class_<BoundHead>(m, "Head"));
 }

@@ -7,6 +7,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <initializer_list>
+#include <limits>
 #include <utility>
 #include <vector>
 
@@ -25,14 +27,22 @@ namespace {
 #include "matmul.h"
 #include "pointwise.h"
 #include "attention.h"
+#include "draw.h"
 
 }  // namespace
 }  // namespace LONGSPAN_ISA
 
-const Ops LONGSPAN_OPS{LONGSPAN_ISA::ISA_NAME,         Order::Values,
-                       LONGSPAN_ISA::matmul,           LONGSPAN_ISA::embed_row,
-                       LONGSPAN_ISA::rms_norm,         LONGSPAN_ISA::gated_silu,
-                       LONGSPAN_ISA::rotate_and_store, LONGSPAN_ISA::attention,
-                       LONGSPAN_ISA::argmax,           nullptr};
+const Ops LONGSPAN_OPS{LONGSPAN_ISA::ISA_NAME,
+                       Order::Values,
+                       LONGSPAN_ISA::matmul,
+                       LONGSPAN_ISA::embed_row,
+                       LONGSPAN_ISA::rms_norm,
+                       LONGSPAN_ISA::gated_silu,
+                       LONGSPAN_ISA::rotate_and_store,
+                       LONGSPAN_ISA::attention,
+                       LONGSPAN_ISA::argmax,
+                       LONGSPAN_ISA::draw,
+                       LONGSPAN_ISA::score,
+                       nullptr};
 
 }  // namespace longspan

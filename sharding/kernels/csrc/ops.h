@@ -46,6 +46,26 @@ struct Output {
     int stride, column, rows, tokens;
 };
 
+// How a token is drawn: sharding/batch.py has what the numbers mean.
+struct Recipe {
+    double temperature, top_p, min_p, repetition, presence, frequency;
+    int64_t top_k;
+    // By token, in the prompt or drawn, and how often drawn; null where nothing is penalised.
+    const uint8_t* seen;
+    const float* counts;
+    std::vector<int64_t> biased;
+    std::vector<double> bias;
+    std::vector<int64_t> banned;
+    uint64_t seed, position;
+};
+
+// A token's log-probability; no lower one is told.
+constexpr float LEAST_LOGPROB = -9999;
+struct Scored {
+    int64_t id;
+    float logprob;
+};
+
 struct Ops {
     const char* name;
     // How weights must be packed.
@@ -67,6 +87,12 @@ struct Ops {
                       int window, const Weight* next, float* y);
     // Where the largest of x[n] is, the first of equals; -1 unless all are finite.
     int64_t (*argmax)(const float* x, int n);
+    // The token drawn from logits[n]; -1 if a logit is NaN or +infinity, or none is left to draw.
+    int64_t (*draw)(const float* logits, int n, const Recipe& how);
+    // The token, then so many of the likeliest by falling probability, equals by rising id. False
+    // if a logit is NaN or +infinity, or none is finite.
+    bool (*score)(const float* logits, int n, int64_t token, int alternatives,
+                  std::vector<Scored>& out);
     // matmul of what gated_silu makes of x[T, 2 I], without storing that; null if there is none.
     // Not for the float formats.
     void (*gated_matmul)(const float* x, const Part& part, const Weight* next, const Output& out);

@@ -11,12 +11,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sharding.batch import SamplingParams
 from sharding.cost import packed_resident
-from sharding.errors import UnsupportedModelError
+from sharding.errors import StageError, UnsupportedModelError
 from sharding.gguf.quants import FORMATS
+from sharding.kernels import Kernels
 from sharding.kernels.cpu import CPUKernels
 from sharding.kernels.reference import ReferenceKernels
 from sharding.model.kv_cache import LayerPages
+from sharding.model.sampling import History
 from tests.sharding.kernels import bounds
 from tests.sharding.kernels.instruction_sets import KERNELS
 from tests.sharding.kernels.world import (
@@ -320,17 +323,50 @@ def test_slots_that_the_window_has_left_may_hold_anything(
     assert torch.equal(found[unspoilt:], expected[unspoilt:])
 
 
-@settings(max_examples=200, deadline=None)
+PENALTIES = st.sampled_from([-2.0, 0.0, 0.0, 0.5, 2.0])
+
+
+@st.composite
+def recipes(draw: st.DrawFn, vocab: int) -> SamplingParams:
+    """Of filters, penalties, bias and bans any mixture, none of them most often."""
+    few = st.lists(st.integers(0, vocab - 1), max_size=3, unique=True)
+    return SamplingParams(
+        temperature=draw(st.sampled_from([0.0, 1e-3, 0.7, 1.0, 1.0, 3.0])),
+        top_k=draw(st.sampled_from([0, 0, 1, 7, 40, vocab, 10 * vocab])),
+        top_p=draw(st.sampled_from([1.0, 1.0, 1e-9, 0.3, 0.9, 0.999, 1 - 1e-12])),
+        min_p=draw(st.sampled_from([0.0, 0.0, 1e-6, 0.05, 1.0])),
+        repetition_penalty=draw(st.sampled_from([1.0, 1.0, 0.5, 1.3, 1e-320])),
+        presence_penalty=draw(PENALTIES),
+        frequency_penalty=draw(PENALTIES),
+        logit_bias={token: draw(st.sampled_from([-100.0, 3.0, 100.0])) for token in draw(few)},
+        stop_ids=tuple(draw(few)),
+        min_tokens=draw(st.integers(0, 6)),
+        seed=draw(st.integers(-(2**63), 2**64 - 1)),
+    )
+
+
+@settings(max_examples=1000, deadline=None)
 @given(st.data())
-def test_the_race_of_noisy_logits(data: st.DataObject) -> None:
-    """All seeds and positions, vocabularies of any size, flat and steep, tokens that are banned."""
+def test_draws(data: st.DataObject) -> None:
+    """Vocabularies of any size, flat and steep, tokens that are impossible, all recipes."""
+    kernels = KERNELS[data.draw(instruction_sets, "instruction set")]
     vocab, fill = data.draw(st.integers(1, 3000), "vocabulary"), data.draw(st.integers(0, 99))
-    spread = data.draw(st.sampled_from([0.0, 1e-3, 1.0, 5.0, 40.0, 1e300]), "spread")
-    scaled_V = normal(vocab, seed=fill).double() * spread
-    scaled_V -= scaled_V.max()
-    banned_V = normal(vocab, seed=fill + 1) < data.draw(st.sampled_from([-9.0, 0.0, 2.0]), "banned")
-    banned_V[scaled_V.argmax()] = False
-    scaled_V[banned_V] = -torch.inf
-    seed, position = data.draw(st.integers(-(2**63), 2**64 - 1)), data.draw(st.integers(0, 2**20))
-    found = KERNELS["portable"].gumbel_argmax(scaled_V, seed, position)
-    assert found == REFERENCE.gumbel_argmax(scaled_V, seed, position)
+    spread = data.draw(st.sampled_from([0.0, 1e-3, 1.0, 5.0, 40.0, 1e37]), "spread")
+    logits_V = normal(vocab, seed=fill) * spread
+    if data.draw(st.booleans(), "equals"):
+        logits_V = logits_V.round()
+    logits_V[normal(vocab, seed=fill + 1) < data.draw(st.sampled_from([-9.0, 0.0]))] = -torch.inf
+    logits_V[fill % vocab] = 1.0
+    history = History(vocab)
+    told = torch.randint(0, vocab, (20,), generator=torch.Generator().manual_seed(fill)).tolist()
+    history.add_prompt(told[:10])
+    history.add_output(told[5:] + told[18:])
+    params, position = data.draw(recipes(vocab), "recipe"), data.draw(st.integers(0, 2**20))
+
+    def outcome(kernels: Kernels) -> int | str:
+        try:
+            return kernels.draw(logits_V, params, position, 3, history)
+        except StageError as error:
+            return str(error)
+
+    assert outcome(kernels) == outcome(REFERENCE)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="Triton is for Linux on x86-64")
 
+from sharding.batch import SamplingParams
 from sharding.errors import UnsupportedModelError
 from sharding.kernels import triton_attention
 from sharding.kernels.planes import planes_resident
@@ -29,7 +30,7 @@ from sharding.kernels.triton_prefix import Library
 from sharding.kernels.triton_weights import PlanesWeight
 from sharding.model.attention import BatchIndex
 from sharding.model.kv_cache import LayerPages
-from sharding.model.sampling import gumbel_argmax
+from sharding.model.sampling import draw
 from tests.sharding.kernels import bounds, triton_bounds
 from tests.sharding.kernels.world import (
     FLOATS,
@@ -386,10 +387,13 @@ def test_a_context_is_cut_into_programs_enough_for_a_gpu() -> None:
 
 @pytest.mark.parametrize("vocab", [1, 100, 5000, 49152])
 def test_the_draw_is_the_definition(vocab: int) -> None:
+    """Among all, where a kernel decides, and among what a filter leaves."""
     for seed, position in ((0, 0), (7, 12), ((1 << 64) - 1, 130000)):
-        scaled_V = normal(vocab, seed=seed % 1000).double()
-        found = KERNELS.gumbel_argmax(scaled_V.to(DEVICE), seed, position)
-        assert found == gumbel_argmax(scaled_V, seed, position)
+        logits_V = normal(vocab, seed=seed % 1000)
+        for top_p in (1.0, 0.9):
+            params = SamplingParams(seed=seed, top_p=top_p)
+            found = KERNELS.draw(logits_V.to(DEVICE), params, position, 1, None)
+            assert found == draw(logits_V, params, position, 1, None)
 
 
 def test_heads_beyond_the_kernels_are_refused_at_load() -> None:
