@@ -43,8 +43,10 @@ from bench.operands import (
     packed_copies,
 )
 from bench.report import Report
+from sharding.batch import SamplingParams
 from sharding.kernels import use_threads
 from sharding.kernels.cpu import INSTRUCTION_SETS, CPUKernels
+from sharding.model.sampling import History
 
 DEPTH = 4096
 BIG: Shape = (11008, 4096)
@@ -64,6 +66,13 @@ HEADS: dict[str, Heads] = {
     "SmolLM2-135M": (9, 3, 64),
     "Llama-3-8B": (32, 8, 128),
     "Llama-7B": (32, 32, 128),
+}
+VOCABULARIES = (49152, 262144)  # SmolLM2's, Gemma's
+DRAWS: dict[str, SamplingParams] = {
+    "temperature 1": SamplingParams(seed=1),
+    "top_p 0.95": SamplingParams(temperature=0.8, top_p=0.95, seed=1),
+    "top_k 40, top_p 0.95": SamplingParams(temperature=0.8, top_k=40, top_p=0.95, seed=1),
+    "repetition penalty": SamplingParams(temperature=0.8, repetition_penalty=1.1, seed=1),
 }
 
 
@@ -122,6 +131,8 @@ class Cases:
                 yield self._attention(model, heads, tokens)
         for tokens in (1, 512):
             yield from self._pointwise(tokens)
+        for vocab in VOCABULARIES:
+            yield from self._draws(vocab)
 
     def _matmul(self, model: str, format: str, shape: Shape, tokens: int) -> Case:
         rows, cols = shape
@@ -170,6 +181,25 @@ class Cases:
         ):
             yield Case(f"{name} T{tokens}", about, partial(build, tokens))
 
+    def _draws(self, vocab: int) -> Iterator[Case]:
+        about: dict[str, str | int] = {"vocab": vocab}
+        for name, params in DRAWS.items():
+            yield Case(f"draw, {name}, of {vocab}", about, partial(self._draw_work, vocab, params))
+        yield Case(f"logprobs of {vocab}", about, partial(self._score_work, vocab))
+
+    def _draw_work(self, vocab: int, params: SamplingParams) -> Work:
+        logits_V, history = _peaked(vocab), History(vocab)
+        history.add_prompt(list(range(1000)))
+        calls = [
+            partial(self._kernels.draw, logits_V, params, position, 1, history)
+            for position in range(16)
+        ]
+        return Work(calls, logits_V.nbytes)
+
+    def _score_work(self, vocab: int) -> Work:
+        logits_V = _peaked(vocab)
+        return Work([partial(self._kernels.score, logits_V, 7, 5)], logits_V.nbytes)
+
     def _norm_work(self, tokens: int) -> Work:
         x_TI, scale_I = torch.randn(tokens, 4096), torch.ones(4096)
         return Work([partial(self._kernels.rms_norm, x_TI, scale_I, 1e-5)], x_TI.nbytes)
@@ -189,6 +219,13 @@ class Cases:
         ids = torch.randint(32000, (tokens,)).tolist()
         calls = [partial(self._kernels.embed, weight, ids) for weight in weights]
         return Work(calls, tokens * weights[0].n_bytes // weights[0].rows)
+
+
+def _peaked(vocab: int) -> torch.Tensor:
+    """Logits as models have them: a few stand out of what is nearly normally distributed."""
+    logits_V = torch.randn(vocab, generator=torch.Generator().manual_seed(1)) * 2.5
+    logits_V[::997] += 8
+    return logits_V
 
 
 def measured(work: Work, ceilings: Ceilings, baseline: Work | None) -> dict[str, float]:
