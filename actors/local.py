@@ -69,7 +69,7 @@ class LocalStages:
     def stats(self) -> list[StageStats]:
         """What each stage holds."""
         return [
-            describe_stage(number, stage, "this process", stage.kernels.device.type)
+            describe_stage(number, stage, "this process", stage.kernels.device.type, "memory")
             for number, stage in enumerate(self.stages)
         ]
 
@@ -98,12 +98,13 @@ def plan_limits(planned: ModelPlan, max_waiting: int) -> Limits:
     )
 
 
-def describe_stage(number: int, stage: Stage, node: str, device: str) -> StageStats:
+def describe_stage(number: int, stage: Stage, node: str, device: str, link: str) -> StageStats:
     """A stage's books."""
     return StageStats(
         stage=number,
         node=node,
         device=device,
+        link=link,
         layers=(stage.spec.start, stage.spec.stop),
         weights_bytes=stage.weights_bytes,
         kv_bytes=stage.kv_bytes,

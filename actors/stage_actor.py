@@ -141,7 +141,8 @@ class StageActor:
         """Its books."""
         assert self._stage is not None, "asked before it was loaded"
         host = ray.util.get_node_ip_address()
-        return describe_stage(self._number, self._stage, host, self._device)
+        link = "" if self._listener is None else self._listener.address.link
+        return describe_stage(self._number, self._stage, host, self._device, link)
 
     def pid(self) -> int:
         """Its process, for tests that end it."""

@@ -19,11 +19,13 @@ class EngineStatus(msgspec.Struct, frozen=True):
 
 
 class StageStats(msgspec.Struct, frozen=True):
-    """One stage: where it is and what it holds. `layers` is half-open `[start, stop)`."""
+    """One stage: where it is and what it holds. `layers` is half-open `[start, stop)`; `link` is
+    what batches come in by."""
 
     stage: int
     node: str
     device: str
+    link: str
     layers: tuple[int, int]
     weights_bytes: int
     kv_bytes: int

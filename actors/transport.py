@@ -60,6 +60,11 @@ class Address(msgspec.Struct, frozen=True):
     host: str | None = None
     port: int = 0
 
+    @property
+    def link(self) -> str:
+        """What an edge to there goes by, for people."""
+        return "TCP" if self.path is None else "Unix socket"
+
 
 class Frame(NamedTuple):
     """One message. `hidden` `[rows, cols]` is the receiver's to change until its next receive."""

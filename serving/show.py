@@ -68,11 +68,12 @@ def plan_table(planned: ModelPlan) -> Table:
 def stage_table(stats: EngineStats) -> Table:
     """Where the stages run and what they hold."""
     sizes = ("weights", "KV tokens", "KV")
-    table = _table("stages", ("stage", "node", "device", "layers"), sizes)
+    table = _table("stages", ("stage", "node", "link", "device", "layers"), sizes)
     for stage in stats.stages:
         table.add_row(
             str(stage.stage),
             stage.node,
+            stage.link,
             stage.device,
             f"{stage.layers[0]}-{stage.layers[1] - 1}",
             format_bytes(stage.weights_bytes),

@@ -42,3 +42,4 @@ def test_two_stages_share_a_gpu_and_draw_what_one_stage_draws(
     assert first.layers == (0, 1)
     assert second.layers == (1, 2)
     assert first.device == second.device == "cpu #0"  # GPU 0, interpreted
+    assert first.link == second.link == "Unix socket"

@@ -153,6 +153,7 @@ def test_received_states_are_aligned_like_any_other_tensor() -> None:
 @pytest.mark.parametrize("host", [None, "127.0.0.1"])
 def test_a_neighbour_with_the_secret_is_let_in_and_a_stranger_is_not(host: str | None) -> None:
     listener = Listener(host)
+    assert listener.address.link == ("Unix socket" if host is None else "TCP")
     stranger = connect(listener.address, b"wrong", epoch=4)
     neighbour = connect(listener.address, SECRET, epoch=4)
     accepted = listener.accept(SECRET, 4, timeout_s=10)
