@@ -42,7 +42,8 @@ sanitize: $(VENV)/.test  ## run the CPU kernels' tests under AddressSanitizer an
 	    LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    $(BIN)/python -m pytest --capture=sys tests/sharding/kernels/test_bounds.py \
-	        tests/sharding/kernels/test_head.py $(wildcard tests/sharding/kernels/test_cpu_*.py)
+	        tests/sharding/kernels/test_head.py $(wildcard tests/sharding/kernels/test_cpu_*.py) \
+	        tests/sharding/test_sampling.py tests/sharding/test_logprobs.py
 
 # Another Python than .venv's, say with a torch built for CUDA: `make gpu-test GPU_PYTHON=python3`.
 GPU_PYTHON ?= $(BIN)/python

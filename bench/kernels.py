@@ -198,7 +198,7 @@ class Cases:
 
     def _score_work(self, vocab: int) -> Work:
         logits_V = _peaked(vocab)
-        return Work([partial(self._kernels.score, logits_V, 7, 5)], logits_V.nbytes)
+        return Work([partial(self._kernels.score, logits_V[None], [7], 5)], logits_V.nbytes)
 
     def _norm_work(self, tokens: int) -> Work:
         x_TI, scale_I = torch.randn(tokens, 4096), torch.ones(4096)

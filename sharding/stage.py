@@ -24,7 +24,7 @@ from sharding.model.attention import build_index
 from sharding.model.block import load_block
 from sharding.model.kv_cache import PageStore
 from sharding.model.rope import frequencies
-from sharding.model.sampling import History, score, takes_likeliest
+from sharding.model.sampling import History, takes_likeliest
 from sharding.model.weights import (
     EMBEDDING,
     OUTPUT_NORM,
@@ -292,7 +292,7 @@ class Stage:
         token = self.kernels.draw(logits_V, params, position, drawn, entry.history)
         if params.logprobs is None:
             return Choice(token)
-        return self.kernels.score(logits_V, token, params.logprobs)
+        return self.kernels.score(logits_V[None], [token], params.logprobs)[0]
 
     def _scores(
         self, segment: Segment, hidden_TI: torch.Tensor, first_row: int
@@ -301,7 +301,7 @@ class Stage:
             targets = segment.targets[first : first + LOGIT_ROWS]
             row = first_row + first
             logits_TV = self.logits(hidden_TI[row : row + len(targets)])
-            yield from score(logits_TV, targets, segment.alternatives)
+            yield from self.kernels.score(logits_TV, targets, segment.alternatives)
 
 
 def _drawn_rows(batch: Batch) -> list[int]:

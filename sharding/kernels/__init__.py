@@ -175,9 +175,10 @@ class Kernels(Protocol):
         Raises `StageError` as that does.
         """
 
-    def score(self, logits_V: torch.Tensor, token: int, alternatives: int) -> Choice:
-        """The token with its log-probability and the likeliest ones': `sharding.model.sampling`
-        has a `score` of many rows. Raises `StageError` as that does."""
+    def score(
+        self, logits_TV: torch.Tensor, targets: Sequence[int], alternatives: int
+    ) -> list[Choice]:
+        """As `sharding.model.sampling.score`."""
 
     def works(self) -> bool:
         """Whether its device computes: a GPU that failed in use fails every later call of the

@@ -150,10 +150,14 @@ class CPUKernels:
         history: History | None,
     ) -> int:
         """Without a tensor in between: of a large vocabulary those cost more than a small model."""
+        assert logits_V.ndim == 1, logits_V.shape
         seen = counts = 0
         if params.needs_history:
             assert history is not None, "penalties need a history"
-            seen, counts = history.seen_V.data_ptr(), history.output_counts_V.data_ptr()
+            seen_V, counts_V = history.seen_V, history.output_counts_V
+            assert len(seen_V) == len(counts_V) == len(logits_V), len(seen_V)
+            assert seen_V.dtype == torch.bool and counts_V.dtype == torch.float32
+            seen, counts = seen_V.data_ptr(), counts_V.data_ptr()
         token = self.native.draw(
             _address(logits_V),
             len(logits_V),
@@ -169,14 +173,23 @@ class CPUKernels:
         )
         if token >= 0:
             return token
-        return draw(logits_V, params, position, drawn, history)  # which says what is wrong
+        found = draw(logits_V, params, position, drawn, history)  # raises what is wrong
+        raise RuntimeError(f"the kernels refuse to draw token {found} at position {position}")
 
-    def score(self, logits_V: torch.Tensor, token: int, alternatives: int) -> Choice:
-        """One pass for the sum, one for the likeliest."""
-        found = self.native.score(_address(logits_V), len(logits_V), token, alternatives)
-        if not found:
-            return score(logits_V[None], [token], alternatives)[0]  # which says what is wrong
-        return Choice(*found[0], found[1:])
+    def score(
+        self, logits_TV: torch.Tensor, targets: Sequence[int], alternatives: int
+    ) -> list[Choice]:
+        """Row by row: one pass for the sum, one for the likeliest."""
+        assert len(logits_TV) == len(targets), logits_TV.shape
+        vocab, row = logits_TV.shape[1], 4 * logits_TV.shape[1]
+        first, choices = _address(logits_TV), []
+        for number, token in enumerate(targets):
+            found = self.native.score(first + number * row, vocab, token, alternatives)
+            if not found:
+                score(logits_TV, targets, alternatives)  # raises what is wrong
+                raise RuntimeError(f"the kernels refuse to score row {number}")
+            choices.append(Choice(*found[0], found[1:]))
+        return choices
 
     def works(self) -> bool:
         """A processor that fails takes the process with it."""

@@ -144,9 +144,11 @@ class ReferenceKernels:
         """Torch, token by token of the definition."""
         return draw(logits_V, params, position, drawn, history)
 
-    def score(self, logits_V: torch.Tensor, token: int, alternatives: int) -> Choice:
-        """A slab of one row."""
-        return score(logits_V[None], [token], alternatives)[0]
+    def score(
+        self, logits_TV: torch.Tensor, targets: Sequence[int], alternatives: int
+    ) -> list[Choice]:
+        """Torch, slab by slab."""
+        return score(logits_TV, targets, alternatives)
 
     def works(self) -> bool:
         """A processor that fails takes the process with it."""

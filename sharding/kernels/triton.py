@@ -203,9 +203,11 @@ class TritonKernels:
         """Among all tokens block by block, then among the blocks' best; filters are torch's."""
         return draw(logits_V, params, position, drawn, history, triton_rows.gumbel_argmax)
 
-    def score(self, logits_V: torch.Tensor, token: int, alternatives: int) -> Choice:
-        """A slab of one row."""
-        return score(logits_V[None], [token], alternatives)[0]
+    def score(
+        self, logits_TV: torch.Tensor, targets: Sequence[int], alternatives: int
+    ) -> list[Choice]:
+        """Torch, slab by slab."""
+        return score(logits_TV, targets, alternatives)
 
     def layers(self, weights: Sequence[BlockWeights], pages: Sequence[LayerPages]) -> Layers:
         """Kernel by kernel, on a GPU as graphs too. Raises `UnsupportedModelError` for heads beyond

@@ -23,7 +23,7 @@ Shapes: V vocabulary, T tokens, N some of the vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -123,11 +123,11 @@ def _for_argmax(values_V: Tensor) -> Tensor | NDArray[Any]:
     return values_V.numpy() if values_V.device.type == "cpu" else values_V
 
 
-def score(logits_TV: Tensor, targets: list[int], alternatives: int | None) -> list[Choice]:
+def score(logits_TV: Tensor, targets: Sequence[int], alternatives: int) -> list[Choice]:
     """Log-probability of `targets[t]` under row t, each with the `alternatives` likeliest tokens.
 
-    `logits_TV` float32. None or 0 alternatives: none. Natural logarithms in `[LEAST_LOGPROB, 0]`;
-    equally likely alternatives come by rising id. Raises `StageError` for NaN, +inf or a row
+    `logits_TV` float32. Natural logarithms in `[LEAST_LOGPROB, 0]`; alternatives come by falling
+    logits, equals by rising id. Raises `StageError` for NaN, +inf or a row
     without a finite logit.
     """
     assert logits_TV.shape[0] == len(targets), "one target per row"
@@ -136,22 +136,22 @@ def score(logits_TV: Tensor, targets: list[int], alternatives: int | None) -> li
     for start in range(0, len(targets), rows):
         slab = logits_TV[start : start + rows]
         _check(slab, f"scored rows [{start}, {start + slab.shape[0]})")
-        choices += _score_slab(slab, targets[start : start + rows], alternatives or 0)
+        choices += _score_slab(slab, targets[start : start + rows], alternatives)
     return choices
 
 
-def _score_slab(logits_TV: Tensor, targets: list[int], alternatives: int) -> list[Choice]:
+def _score_slab(logits_TV: Tensor, targets: Sequence[int], alternatives: int) -> list[Choice]:
     logprobs_TV = torch.log_softmax(logits_TV, dim=1).clamp_(LEAST_LOGPROB, 0.0)
     targets_T1 = torch.tensor(targets, device=logits_TV.device)[:, None]
     own = logprobs_TV.gather(1, targets_T1).flatten().tolist()
-    tops = [_likeliest(row_V, alternatives) for row_V in logprobs_TV]
+    rows = zip(logits_TV, logprobs_TV, strict=True)
+    tops = [_likeliest(*row, alternatives) for row in rows] if alternatives else [[]] * len(own)
     return [Choice(*found) for found in zip(targets, own, tops, strict=True)]
 
 
-def _likeliest(logprobs_V: Tensor, count: int) -> list[tuple[int, float]]:
-    if count == 0:
-        return []
-    ids_N = _largest(logprobs_V, count)
+def _likeliest(logits_V: Tensor, logprobs_V: Tensor, count: int) -> list[tuple[int, float]]:
+    # What is impossible comes too, last.
+    ids_N = _largest(logits_V.clamp(min=torch.finfo(torch.float32).min), count)
     return list(zip(ids_N.tolist(), logprobs_V[ids_N].tolist(), strict=True))
 
 
@@ -185,6 +185,9 @@ def _adjust(
     """Bias, penalties and bans in float64: no parameter above 0 rounds to 0 there, so that
     -inf * penalty stays -inf instead of becoming NaN."""
     values_V = logits_V.double()
+    for token in (*params.logit_bias, *banned(params, drawn)):
+        if not 0 <= token < len(values_V):
+            raise StageError(f"a bias or ban of token {token} of {len(values_V)}")
     if params.logit_bias:
         values_V[list(params.logit_bias)] += torch.tensor(
             list(params.logit_bias.values()), dtype=torch.float64, device=values_V.device

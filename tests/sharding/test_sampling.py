@@ -34,10 +34,13 @@ class Tested:
     kernels: Kernels = SETS["reference"]
 
 
-@pytest.fixture(params=SETS, autouse=True, scope="module")
+@pytest.fixture(params=SETS, scope="module")
 def tested(request: pytest.FixtureRequest) -> None:
-    """All tests, one kernel set after the other."""
+    """One kernel set after the other."""
     Tested.kernels = SETS[request.param]
+
+
+by_every_kernel_set = pytest.mark.usefixtures("tested")
 
 
 def draw(
@@ -138,6 +141,7 @@ class TestNoise:
             assert abs(r.item()) < 5 / math.sqrt(n)
 
 
+@by_every_kernel_set
 class TestDistribution:
     """Draws follow the softmax of what survives."""
 
@@ -223,6 +227,47 @@ class TestFilters:
         equals = torch.zeros(500, dtype=torch.float64)
         assert left(equals, SamplingParams(top_k=4)) == [0, 1, 2, 3]
 
+    @by_every_kernel_set
+    @pytest.mark.parametrize(
+        "params",
+        [
+            SamplingParams(top_k=3),
+            SamplingParams(top_p=0.5),
+            SamplingParams(top_p=0.9),
+            SamplingParams(min_p=0.5),
+            SamplingParams(top_k=5, top_p=0.7),
+            SamplingParams(top_p=0.9, min_p=0.4),
+            SamplingParams(top_k=40, min_p=1.0),
+            SamplingParams(temperature=3.0, top_p=0.95),
+        ],
+    )
+    def test_all_survivors_and_no_others_are_drawn(self, params: SamplingParams) -> None:
+        """Of 50 tokens the most that survive weigh enough to come up in 3000 draws."""
+        logits = noise_row(50, seed=9) / 3
+        logits[7] = logits[3]
+        scaled = (logits.double() - logits.double().max()) / params.temperature
+        drawn = {token_at(logits, replace(params, seed=8), at) for at in range(3000)}
+        assert sorted(drawn) == sorted(left(scaled, params))
+
+    @by_every_kernel_set
+    @pytest.mark.parametrize("count", [31, 33, 100, 3000])
+    def test_a_nucleus_of_many_equals_has_the_first_of_them(self, count: int) -> None:
+        """So many tokens weigh the same that halves of them are weighed, not all sorted."""
+        logits = torch.zeros(count)
+        params = SamplingParams(top_p=0.25)
+        drawn = [token_at(logits, params, at) for at in range(400)]
+        assert max(drawn) < math.ceil(count / 4)
+        assert max(drawn) > count / 4 * 0.9 - 1
+
+    @by_every_kernel_set
+    @pytest.mark.parametrize("slope", [-1.0, 1.0])
+    def test_the_k_largest_of_many_in_any_order(self, slope: float) -> None:
+        """Rising logits replace all that was kept before, again and again."""
+        logits = torch.arange(5000.0) * slope * 1e-4
+        drawn = {token_at(logits, SamplingParams(top_k=5), at) for at in range(200)}
+        assert drawn == (set(range(4995, 5000)) if slope > 0 else set(range(5)))
+
+    @by_every_kernel_set
     @given(logits_and_params())
     def test_a_draw_is_a_survivor(self, case: tuple[list[float], SamplingParams]) -> None:
         """Whatever the parameters, some token is drawn and the filters allow it. The twin gets its
@@ -237,6 +282,7 @@ class TestFilters:
         assert token in twin(scaled, looser)
 
 
+@by_every_kernel_set
 class TestGreedy:
     """Temperature 0 and its neighbourhood."""
 
@@ -253,6 +299,7 @@ class TestGreedy:
         assert {token_at(row(0.0, 3.0, 2.9, -INF), params, at) for at in range(50)} == {1}
 
 
+@by_every_kernel_set
 class TestExtremes:
     """Logits at the limits of float32, and beyond."""
 
@@ -316,6 +363,7 @@ def adjusted_by(params: SamplingParams, prompt: list[int], output: list[int]) ->
     return found
 
 
+@by_every_kernel_set
 class TestPenalties:
     """Bias, penalties and bans, computed by hand."""
 
@@ -348,6 +396,16 @@ class TestPenalties:
         logits = row(0.0, 9.0, 8.0)
         found = [token_at(logits, params, position=10 + drawn, drawn=drawn) for drawn in range(5)]
         assert found == [0, 0, 0, 1, 1]
+
+    @pytest.mark.parametrize("token", [-1, 2, 2**40])
+    def test_a_token_that_there_is_not_is_named(self, token: int) -> None:
+        """Torch would count -1 from the end."""
+        for params in (
+            SamplingParams(logit_bias={token: 1.0}),
+            SamplingParams(stop_ids=(token,), min_tokens=1),
+        ):
+            with pytest.raises(StageError, match=f"token {token} of 2"):
+                token_at(row(0.0, 0.0), params)
 
     def test_a_bias_cannot_lift_a_ban(self) -> None:
         """min_tokens is a promise; the ban comes last."""

@@ -10,6 +10,7 @@
 #include <unistd.h>
 #endif
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -204,11 +205,14 @@ void bind_draws(nb::class_<Kernels>& kernels) {
     kernels.def(
         "score",
         [](const Kernels& self, Address logits, int n, int64_t token, int alternatives) {
-            std::vector<Scored> scored;
-            if (!self.ops.score(at<const float>(logits), n, token, alternatives, scored))
-                scored.clear();
+            if (alternatives < 0) throw std::invalid_argument("alternatives");
+            std::vector<Scored> scored(1 + static_cast<size_t>(std::min(alternatives, n)));
+            const int found =
+                self.ops.score(at<const float>(logits), n, token, alternatives, scored.data());
             std::vector<std::pair<int64_t, float>> out;
-            for (const Scored& it : scored) out.emplace_back(it.id, it.logprob);
+            for (int i = 0; i < found; ++i)
+                out.emplace_back(scored[static_cast<size_t>(i)].id,
+                                 scored[static_cast<size_t>(i)].logprob);
             return out;
         },
         Release());

@@ -218,7 +218,7 @@ inline bool widen(const float* logits, int n, int padded, double* x) {
         x[i] = static_cast<double>(logits[i]);
         good = good && x[i] < INFINITY;
     }
-    std::fill(x + n, x + padded, -INFINITY);
+    for (i = n; i < padded; ++i) x[i] = -INFINITY;
     return good;
 }
 
@@ -295,14 +295,19 @@ inline int64_t draw(const float* logits, int n, const Recipe& how) {
     if (!widen(logits, n, padded, x) || !adjust(how, n, x)) return -1;
     const double best = largest_of(x, padded);
     if (best == -INFINITY) return -1;
-    if (how.temperature == 0) return std::find(x, x + n, best) - x;
+    if (how.temperature == 0) {
+        int first = 0;
+        while (x[first] != best) ++first;
+        return first;
+    }
     for (int i = 0; i < padded; i += WIDE) {
         D scaled = load_as<D>(x + i) - best;
         if (how.temperature != 1) scaled /= how.temperature;  // divisions take longest
         std::memcpy(x + i, &scaled, sizeof scaled);
     }
     const Noise noise(how.seed, how.position);
-    if (how.top_k == 0 && how.top_p >= 1 && how.min_p == 0) return race(x, padded, noise);
+    if (!(how.top_k > 0 || how.top_p < 1 || how.min_p > 0)) return race(x, padded, noise);
+    left.clear();  // of another request's
     filter(how, x, n, padded, weights, left);
     double highest = -INFINITY;
     int64_t winner = -1;
@@ -355,28 +360,22 @@ inline bool log_sum(const float* logits, int n, double& log_of_sum) {
     return true;
 }
 
-inline bool score(const float* logits, int n, int64_t token, int alternatives,
-                  std::vector<Scored>& out) {
+inline int score(const float* logits, int n, int64_t token, int alternatives, Scored* out) {
     static thread_local std::vector<Left> left;
     double log_of_sum;
-    if (token < 0 || token >= n || !log_sum(logits, n, log_of_sum)) return false;
-    const auto scored = [&](int64_t id) {
+    if (token < 0 || token >= n || !log_sum(logits, n, log_of_sum)) return 0;
+    int found = 0;
+    const auto put = [&](int64_t id) {
         const auto value = static_cast<float>(static_cast<double>(logits[id]) - log_of_sum);
-        return Scored{id, std::clamp(value, LEAST_LOGPROB, 0.0f)};
+        out[found++] = {id, std::clamp(value, LEAST_LOGPROB, 0.0f)};
     };
-    out.assign(1, scored(token));
-    if (alternatives == 0) return true;
+    put(token);
     const int count = std::min(alternatives, n);
+    if (count == 0) return found;
     keep_largest(logits, n, count, left);
-    for (const Left& it : left)
-        if (const Scored likely = scored(it.id); likely.logprob > LEAST_LOGPROB)
-            out.push_back(likely);
-    std::sort(out.begin() + 1, out.end(), [](const Scored& a, const Scored& b) {
-        return a.logprob != b.logprob ? a.logprob > b.logprob : a.id < b.id;
-    });
-    // All others are equal.
-    for (int id = 0; static_cast<int>(out.size()) <= count; ++id)
-        if (const Scored unlikely = scored(id); unlikely.logprob == LEAST_LOGPROB)
-            out.push_back(unlikely);
-    return true;
+    std::sort(left.begin(), left.end());
+    for (const Left& it : left) put(it.id);
+    for (int id = 0; id < n && found <= count; ++id)  // all others are impossible
+        if (logits[id] == -INFINITY) put(id);
+    return found;
 }

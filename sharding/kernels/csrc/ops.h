@@ -89,10 +89,9 @@ struct Ops {
     int64_t (*argmax)(const float* x, int n);
     // The token drawn from logits[n]; -1 if a logit is NaN or +infinity, or none is left to draw.
     int64_t (*draw)(const float* logits, int n, const Recipe& how);
-    // The token, then so many of the likeliest by falling probability, equals by rising id. False
-    // if a logit is NaN or +infinity, or none is finite.
-    bool (*score)(const float* logits, int n, int64_t token, int alternatives,
-                  std::vector<Scored>& out);
+    // The token, then so many of the likeliest by falling logits, equals by rising id; returns how
+    // many in all, 0 if a logit is NaN or +infinity, or none is finite.
+    int (*score)(const float* logits, int n, int64_t token, int alternatives, Scored* out);
     // matmul of what gated_silu makes of x[T, 2 I], without storing that; null if there is none.
     // Not for the float formats.
     void (*gated_matmul)(const float* x, const Part& part, const Weight* next, const Output& out);
