@@ -188,6 +188,7 @@ class Engine:
                 return opening(self._report)
             except PipelineError as error:
                 log.warning("try %d to open the pipeline failed: %s", tries + 1, error)
+                self._report(0.0, f"try {tries + 1} failed: {error}")
                 self._ending = str(error)
             except LongspanError as error:
                 # A wrong file or too little memory does not mend itself.

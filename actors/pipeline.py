@@ -54,7 +54,8 @@ ENVELOPE, RESULT = 2, 3
 """Kinds of frames between stages; 1 is the transport's own greeting."""
 
 _LAST_WORDS_S = 1.0
-"""After the first stage died: what is in flight behind it comes within so long, or never."""
+"""Patience with what is in flight behind a first stage that died; a stage that computes for longer
+than that takes the reason with it."""
 
 
 class Envelope(msgspec.Struct, frozen=True):
@@ -216,7 +217,7 @@ def serve_stage(stage: Stage, upstream: Edge, downstream: Edge) -> None:
                 if not stage.lost:
                     raise
             if stage.lost:  # after its requests were told why, if somebody still listens
-                raise DeviceLostError("the stage's device failed")
+                raise DeviceLostError(f"the stage's device failed: {passed.error}")
     finally:
         upstream.close()
         downstream.close()

@@ -41,6 +41,7 @@ from sharding.errors import (
     ConfigError,
     DoesNotFitError,
     LongspanError,
+    ModelFileError,
     PeerLostError,
     PipelineError,
     StageError,
@@ -88,7 +89,7 @@ class RayStages:
         """Place, plan by what is free where the actors landed, load, join."""
         config = self._config
         report(0.0, f"placing {config.stages} stages")
-        kernels = self._place()
+        kernels = self._place(report)
         with GGUFFile.open(config.model) as file:
             wanted = replace(config.wanted, kernels=kernels)
             self._plan = plan_model(file, devices_of(self._facts), wanted)
@@ -107,12 +108,12 @@ class RayStages:
                 asked = self._actors[stage].facts.remote(self._specs[stage].kernels)
                 self._facts[stage] = _get([asked], f"asking stage {stage}")[0]
             self._load(repair.replace, report)
-        except ConfigError as error:
-            # The same options worked before: it is the machine, and that may come back.
+        except (ConfigError, ModelFileError) as error:
+            # The same options and file worked before: it is the machine, and that may come back.
             raise StageError(f"replacing stages {list(repair.replace)}: {error}") from error
         return self._join(repair.epoch)
 
-    def _place(self) -> str:
+    def _place(self, report: Callable[[float, str], None]) -> str:
         """Start the stages on what the cluster has; which kernels they compute with."""
         wanted, machines = self._config.wanted.kernels, _machines()
         kernels = _choose(wanted, machines)
@@ -122,6 +123,7 @@ class RayStages:
             if kernels == wanted:  # nothing falls back from what was asked for
                 raise
             log.warning("stages compute on CPUs: %s", error)
+            report(0.0, f"placing stages on CPUs, since no GPU can be used: {error}")
             kernels = cpu_kernels()
             self._start_all(kernels, machines)
         return kernels
@@ -262,10 +264,13 @@ def _reserve(bundles: Sequence[dict[str, float]]) -> PlacementGroup:
     if not group.wait(_PLACE_TIMEOUT_S):
         remove_placement_group(group)
         free = ray.available_resources().get(name, 0)
-        fewer = "--stages or --threads" if name == "CPU" else "--stages"
+        if name == "GPU":
+            remedy = "see `ray status` for who holds them, add nodes, or use --kernels cpu"
+        else:
+            remedy = "use fewer --stages or --threads, or add nodes"
         raise DoesNotFitError(
             f"{len(bundles)} times {amount:g} {name}s found no place in {_PLACE_TIMEOUT_S:.0f} s: "
-            f"{free:g} of {there:g} {name}s are free; use fewer {fewer}, or add nodes",
+            f"{free:g} of {there:g} {name}s are free; {remedy}",
             max_context=0,
         )
     return group

@@ -30,6 +30,7 @@ from sharding.stage_spec import StageSpec
 log = logging.getLogger("longspan.stage")
 
 JOIN_TIMEOUT_S = 30.0
+_DEVICE_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,13 @@ class StageActor:
     def listen(self, over_tcp: bool) -> Address:
         """Leave the old epoch, then wait for the neighbour before this one.
 
-        A process whose device failed ends here if it did not notice before: nobody may take it for
-        a survivor."""
-        self._leave()
-        if self._stage is not None and (self._stage.lost or not self._stage.kernels.works()):
+        A process that does not come back from its work, or whose device failed unnoticed, ends
+        here: nobody may take it for a survivor."""
+        try:
+            self._leave()
+        except StageError as error:
+            self._end(str(error))
+        if self._stage is not None and not _is_sound(self._stage):
             self._end("its device failed")
         host = ray.util.get_node_ip_address() if over_tcp else None
         self._listener = Listener(host)
@@ -147,6 +151,17 @@ class StageActor:
     def pid(self) -> int:
         """Its process, for tests that end it."""
         return os.getpid()
+
+
+def _is_sound(stage: Stage) -> bool:
+    """Whether its device computes; asked on another thread, since one that hangs never answers."""
+    if stage.lost:
+        return False
+    answers: list[bool] = []
+    asking = threading.Thread(target=lambda: answers.append(stage.kernels.works()), daemon=True)
+    asking.start()
+    asking.join(_DEVICE_TIMEOUT_S)
+    return answers == [True]
 
 
 RemoteStage = ray.remote(max_restarts=0, max_task_retries=0, max_concurrency=4)(StageActor)

@@ -30,9 +30,9 @@ class Served:
 def serve_model(path: Path, stages: int = 2) -> Iterator[Served]:
     """Deploy over Ray and wait until it serves.
 
-    The cluster believes in one GPU: tests of stages on GPUs join it.
+    The cluster believes in two GPUs: tests of stages on GPUs join it.
     """
-    os.environ["RAY_OVERRIDE_RESOURCES"] = '{"GPU": 1}'
+    os.environ["RAY_OVERRIDE_RESOURCES"] = '{"GPU": 2}'
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     config = ServeConfig(

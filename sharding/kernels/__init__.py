@@ -227,7 +227,7 @@ def best_kernels() -> str:
         try:
             if _gpu() is not None:
                 return "triton"
-        except ConfigError as error:
+        except (ConfigError, StageError) as error:
             log.warning("computing on the CPU: %s", error)
     return cpu_kernels()
 
@@ -253,19 +253,19 @@ def device_facts(kernels: str) -> DeviceFacts:
         return DeviceFacts("cpu", "cpu", int(available_bytes() * _HOST_SHARE))
     import torch
 
-    properties = torch.cuda.get_device_properties(gpu)
+    from sharding.kernels.triton import failing_gpu
+
     try:
+        properties = torch.cuda.get_device_properties(gpu)
         free, _ = torch.cuda.mem_get_info(gpu)
     except RuntimeError as error:
-        raise StageError(f"the GPU {properties.name} fails: {error}") from error
+        raise failing_gpu(error) from error
     return DeviceFacts(properties.name, str(properties.uuid), int(free * _GPU_SHARE))
 
 
 def _gpu() -> torch.device | None:
-    """The GPU of the Triton kernels; None when they are interpreted."""
-    from sharding.kernels.triton import choose_device
-
-    device = choose_device()
+    """The GPU of the Triton kernels, on which one ran; None when they are interpreted."""
+    device = load_kernels("triton").device
     return device if device.type == "cuda" else None
 
 

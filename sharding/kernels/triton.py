@@ -9,6 +9,7 @@ Not here: the arithmetic (`triton_matmul.py`, `triton_attention.py`, `triton_row
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from subprocess import SubprocessError
 from typing import TYPE_CHECKING
@@ -51,12 +52,18 @@ if TYPE_CHECKING:
     from sharding.model.kv_cache import LayerPages
     from sharding.model.sampling import History
 
+log = logging.getLogger("longspan.kernels")
+
 LEAST_CAPABILITY = (8, 0)
 """Ampere: the first with the asynchronous copies and matrix instructions that Triton emits here."""
 
 
-_FAILING = (torch.AcceleratorError, torch.OutOfMemoryError)
-"""What CUDA says of a GPU that it knows: busy, full, broken. Later it may say otherwise."""
+_MISFITS = ("no NVIDIA driver", "driver on your system is too old", "No CUDA GPUs", "not compiled")
+"""What torch says where there is no GPU that it could use; all else that it says passes or may: a
+GPU that is busy, full or broken."""
+
+_CANNOT_START = (RuntimeError, OSError, AssertionError, SubprocessError, TritonError)
+"""What starting a kernel raises: torch, a missing compiler, header or driver library, Triton."""
 
 
 def interpreted() -> bool:
@@ -76,10 +83,10 @@ def choose_device() -> torch.device:
     try:
         torch.cuda.init()
         capability = torch.cuda.get_device_capability()
-    except _FAILING as error:
-        raise StageError(f"the GPU fails: {error}") from error
-    except (RuntimeError, AssertionError) as error:  # no driver, one too old, no GPU
-        raise ConfigError(f"--kernels triton needs a GPU: {error}") from error
+    except (RuntimeError, AssertionError, torch.cuda.DeferredCudaCallError) as error:
+        if any(words in str(error) for words in _MISFITS):
+            raise ConfigError(f"--kernels triton needs a GPU: {error}") from error
+        raise failing_gpu(error) from error
     if capability < LEAST_CAPABILITY:
         name, (major, minor) = torch.cuda.get_device_name(), capability
         raise ConfigError(
@@ -89,11 +96,21 @@ def choose_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
+def failing_gpu(error: Exception) -> StageError:
+    """Of a GPU that is there and does not compute now; without CUDA's advice to its programmers."""
+    said = str(error).split("\n")[0]
+    return StageError(
+        f"the GPU fails: {said}; if another process holds it (see nvidia-smi), or its compute mode "
+        "allows but one, use no more --stages than GPUs, or --kernels cpu"
+    )
+
+
 class TritonKernels:
     """See the contract in `sharding/kernels/__init__.py`."""
 
     name = "triton"
-    failures = (*COMPUTING_FAILED, TritonError)  # a kernel that a new shape needs may not compile
+    # A batch of a new shape may need a kernel that does not compile.
+    failures = (*COMPUTING_FAILED, OSError, SubprocessError, TritonError)
 
     def __init__(self) -> None:
         self.device = choose_device()
@@ -113,10 +130,9 @@ class TritonKernels:
         fails."""
         try:
             self._launch()
-        except _FAILING as error:
-            raise StageError(f"the GPU fails: {error}") from error
-        except (RuntimeError, OSError, AssertionError, SubprocessError, TritonError) as error:
-            # What a missing compiler, header or driver library raises, and Triton's own.
+        except _CANNOT_START as error:
+            if _is_of_cuda(error):
+                raise failing_gpu(error) from error
             raise ConfigError(
                 f"--kernels triton: no kernel runs here: {type(error).__name__}: {error}"
             ) from error
@@ -130,10 +146,9 @@ class TritonKernels:
         """After a failure CUDA refuses all further work of the process."""
         try:
             self._launch()
-        except torch.OutOfMemoryError:  # full is not broken
-            return True
-        except RuntimeError:
-            return False
+        except _CANNOT_START as error:
+            log.warning("no kernel runs any more: %s", error)
+            return "out of memory" in str(error)  # full is not broken
         return True
 
     def pack(self, file: GGUFFile, names: Sequence[str]) -> Weight:
@@ -259,6 +274,18 @@ class GraphedLayers:
     def _run(self, x_TI: torch.Tensor, index: BatchIndex, works: Sequence[Work]) -> torch.Tensor:
         self._kernels.use(index, dict(zip(self._ways, works, strict=True)))
         return self._composed.run(x_TI, index)
+
+
+def _is_of_cuda(error: Exception) -> bool:
+    """Whether a GPU said so, rather than what is needed to compile and load a kernel for it."""
+    if isinstance(error, (torch.AcceleratorError, torch.OutOfMemoryError)):
+        return True
+    said = str(error)
+    return (
+        said.startswith("Triton Error [CUDA]")
+        and "kernel image" not in said
+        and ("PTX" not in said)
+    )
 
 
 def _way(block: BlockWeights, pages: LayerPages) -> Way:

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 
 import msgspec
 import pytest
 import torch
 
+from actors import stage_actor
 from actors.pipeline import ENVELOPE, Envelope, serve_stage
 from actors.stage_actor import StageActor
 from actors.transport import Edge
@@ -60,7 +62,7 @@ def test_a_lost_device_ends_the_stage_after_its_requests_were_told(
     stage = failing_stage(monkeypatch, lost=True)
     front, upstream, downstream, back = edges()
     send(front, 1)
-    with pytest.raises(DeviceLostError, match="device failed"):
+    with pytest.raises(DeviceLostError, match="device failed: .* illegal memory access"):
         serve_stage(stage, upstream, downstream)
     assert "illegal memory access" in str(result(back).error)
     with pytest.raises(PeerLostError):
@@ -94,21 +96,31 @@ def test_a_lost_device_is_told_apart_also_when_the_neighbour_is_gone_too(
     front.close()
 
 
-@pytest.mark.parametrize("noticed", [True, False])
+@pytest.mark.parametrize("how", ["noticed", "not noticed", "hangs", "computes for ever"])
 def test_a_process_with_a_lost_device_does_not_join_again(
-    monkeypatch: pytest.MonkeyPatch, noticed: bool
+    monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    """Nor one whose device failed while it had no batch, which nobody noticed."""
+    """Nor one whose device failed while it had no batch, or does not answer, or whose last batch
+    never ends."""
 
     def end(status: int) -> None:
         raise SystemExit(status)
 
     monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr(stage_actor, "JOIN_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(stage_actor, "_DEVICE_TIMEOUT_S", 0.1)
+    never = threading.Event()
     actor = StageActor(0)
-    actor._stage = failing_stage(monkeypatch, lost=not noticed)
-    actor._stage.lost = noticed
+    actor._stage = failing_stage(monkeypatch, lost=how == "not noticed")
+    actor._stage.lost = how == "noticed"
+    if how == "hangs":
+        monkeypatch.setattr(actor._stage.kernels, "works", lambda: never.wait(30))
+    elif how == "computes for ever":
+        actor._worker = threading.Thread(target=never.wait, args=(30,))
+        actor._worker.start()
     with pytest.raises(SystemExit, match="1"):
         actor.listen(over_tcp=False)
+    never.set()
 
 
 def test_a_survivor_joins_again(monkeypatch: pytest.MonkeyPatch) -> None:

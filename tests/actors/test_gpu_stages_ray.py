@@ -23,23 +23,23 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 PROMPT = list(range(3, 12))
 
 
-def test_two_stages_share_a_gpu_and_draw_what_one_stage_draws(
+def test_three_stages_share_two_gpus_and_draw_what_one_stage_draws(
     served: Served, tmp_path: Path
 ) -> None:
-    """The cluster's only GPU is divided, and its memory with it."""
+    """Neighbours share one of the cluster's GPUs, and the other is not left idle."""
     path = tmp_path / "tiny.gguf"
-    path.write_bytes(tiny_llama(layers=2))
-    config = PlacementConfig(path, 2, Wanted(64, 64, "triton"))
+    path.write_bytes(tiny_llama(layers=3))
+    config = PlacementConfig(path, 3, Wanted(64, 64, "triton"))
     with closing(Engine(source := RayStages(config))) as engine:
         engine.start()
         engine.wait_ready()
         drawn = generate(engine, GenerateRequest("one", PROMPT, 3, GREEDY))
-        first, second = source.stats()
+        first, second, third = source.stats()
     with GGUFFile.open(path) as file:
         alone = load_stages(file, 1, kernels="triton")
         logits_TV = chunked_logits(alone, PROMPT + drawn[:-1], len(PROMPT))
     assert drawn == logits_TV.argmax(-1).tolist()[len(PROMPT) - 1 :]
-    assert first.layers == (0, 1)
-    assert second.layers == (1, 2)
-    assert first.device == second.device == "cpu #0"  # GPU 0, interpreted
-    assert first.link == second.link == "Unix socket"
+    assert [stage.layers for stage in (first, second, third)] == [(0, 1), (1, 2), (2, 3)]
+    assert first.device == second.device
+    assert {second.device, third.device} == {"cpu #0", "cpu #1"}  # GPUs 0 and 1, interpreted
+    assert first.link == second.link == third.link == "Unix socket"

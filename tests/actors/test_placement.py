@@ -43,6 +43,8 @@ class ForgedStages(RayStages):
     def __init__(self, kernels: str, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__(PlacementConfig(Path("none.gguf"), 2, Wanted(64, 64, kernels)))
         self.reserved: list[list[dict[str, float]]] = []
+        self.held: list[bool] = []
+        self.reported: list[str] = []
         self._error = error
         monkeypatch.setattr(placement, "built_for_gpus", lambda: True)
         monkeypatch.setattr(placement, "_machines", lambda: [Machine(8, 2)])
@@ -54,7 +56,12 @@ class ForgedStages(RayStages):
         return ForgedActor(self._error)
 
     def _release(self) -> None:
+        self.held.append(bool(self._actors))
         self._actors = []
+
+    def place(self) -> str:
+        """The kernels that stages were started with."""
+        return self._place(lambda share, detail: self.reported.append(detail))
 
 
 def test_auto_computes_on_cpus_where_no_gpu_can_be_used(
@@ -62,22 +69,24 @@ def test_auto_computes_on_cpus_where_no_gpu_can_be_used(
 ) -> None:
     """Old cards in a machine must not be worse than none; but never in silence."""
     stages = ForgedStages("auto", ConfigError("Tesla K80 has 3.7"), monkeypatch)
-    assert stages._place() == cpu_kernels()
+    assert stages.place() == cpu_kernels()
     assert stages.reserved == [[{"GPU": 1}] * 2, [{"CPU": 4}] * 2]
     assert "stages compute on CPUs: Tesla K80 has 3.7" in caplog.text
+    assert "no GPU can be used: Tesla K80 has 3.7" in stages.reported[-1]
+    assert stages.held == [False, True]  # the actors on GPUs were ended before others started
 
 
 def test_a_gpu_that_was_asked_for_is_not_replaced_by_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     stages = ForgedStages("triton", ConfigError("Tesla K80 has 3.7"), monkeypatch)
     with pytest.raises(ConfigError, match="Tesla K80"):
-        stages._place()
+        stages.place()
 
 
 def test_auto_waits_for_a_gpu_that_is_busy(monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine tries again after a `PipelineError`; a CPU would be slow as long as it runs."""
     stages = ForgedStages("auto", StageError("the GPU fails: busy"), monkeypatch)
     with pytest.raises(PipelineError, match="busy"):
-        stages._place()
+        stages.place()
 
 
 def test_what_stops_a_replacement_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="Triton is for Linux on x86-64")
 from sharding.batch import Segment
 from sharding.errors import ConfigError, StageError
 from sharding.gguf.reader import GGUFFile
-from sharding.kernels import Kernels
+from sharding.kernels import Kernels, device_facts
 from sharding.kernels import triton as triton_set
 from sharding.kernels.planes import PLANES
 from sharding.kernels.reference import Float32Weight, ReferenceKernels
@@ -211,23 +211,53 @@ def test_a_driver_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> N
         choose_device()
 
 
-@pytest.mark.parametrize("error", [torch.AcceleratorError, torch.OutOfMemoryError])
+BUSY = "CUDA-capable device(s) is/are busy or unavailable\nCompile with TORCH_USE_CUDA_DSA"
+
+
+@pytest.mark.parametrize(
+    ("error", "works"),
+    [
+        (torch.AcceleratorError(BUSY), False),
+        (torch.OutOfMemoryError("CUDA out of memory"), True),  # full is not broken
+        (RuntimeError("Triton Error [CUDA]: out of memory"), True),
+        (RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"), False),
+    ],
+)
 def test_a_gpu_that_fails_for_now_is_told_apart_from_one_that_cannot_be_used(
-    monkeypatch: pytest.MonkeyPatch, error: type[RuntimeError]
+    monkeypatch: pytest.MonkeyPatch, error: RuntimeError, works: bool
 ) -> None:
     """Who starts stages tries again after a `StageError`, and gives up after a `ConfigError`."""
 
-    def fail(*_: object) -> None:
-        raise error("CUDA-capable device(s) is/are busy or unavailable")
+    def fail() -> None:
+        raise error
 
     kernels = triton_set.TritonKernels()
     monkeypatch.setattr(kernels, "_launch", fail)
-    with pytest.raises(StageError, match="the GPU fails: .* busy"):
+    with pytest.raises(StageError, match="the GPU fails: .*nvidia-smi") as told:
         kernels._try()
-    assert kernels.works() == (error is torch.OutOfMemoryError)  # full is not broken
+    assert "TORCH_USE_CUDA_DSA" not in str(told.value)
+    assert kernels.works() == works
     forged_gpu(monkeypatch, fail, 90)
-    with pytest.raises(StageError, match="the GPU fails: .* busy"):
+    with pytest.raises(StageError, match="the GPU fails"):
         choose_device()
+
+
+@pytest.mark.parametrize(
+    "error", [OSError("no space left"), RuntimeError("Failed to find C compiler")]
+)
+def test_what_is_missing_to_compile_a_kernel_is_found_before_a_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """So `--kernels auto` can still take the CPU; and a batch of a new shape that meets it later is
+    lost alone."""
+
+    def fail(self: object) -> None:
+        raise error
+
+    monkeypatch.setattr(triton_set.TritonKernels, "_launch", fail)
+    with pytest.raises(ConfigError, match=f"no kernel runs here: .*{error}"):
+        device_facts("triton")
+    assert isinstance(error, triton_set.TritonKernels.failures)
 
 
 def test_without_a_gpu_the_error_says_what_is_missing() -> None:
