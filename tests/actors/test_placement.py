@@ -93,6 +93,7 @@ def test_what_stops_a_replacement_is_tried_again(monkeypatch: pytest.MonkeyPatch
     """The engine takes a `ConfigError` for final; a driver that is gone for a moment is not."""
     stages = ForgedStages("triton", ConfigError("no driver"), monkeypatch)
     stages._specs = [StageSpec("none.gguf", 0, 1, 4, "triton")] * 2
-    stages._actors, stages._facts = [None, None], [None, None]  # type: ignore[list-item]
+    stages._actors = [stages._start(stage) for stage in range(2)]
+    stages._facts = [NodeFacts("a", "host a", DeviceFacts("card", "GPU-1", 1000))] * 2
     with pytest.raises(StageError, match=r"replacing stages \[1\]: no driver"):
         stages.repair(lambda share, detail: None)
