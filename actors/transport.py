@@ -227,8 +227,8 @@ class Listener:
         """The neighbour's edge; strangers are turned away. `PeerLostError` after the timeout."""
         deadline = time.monotonic() + timeout_s
         while (left_s := deadline - time.monotonic()) > 0:
-            self._sock.settimeout(left_s)
-            with _lost_peer("waiting for a neighbour"):
+            with _lost_peer("waiting for a neighbour"):  # closed meanwhile, maybe
+                self._sock.settimeout(left_s)
                 sock, _ = self._sock.accept()
             edge = Edge(sock, epoch)
             if _knows(edge, sock, secret):

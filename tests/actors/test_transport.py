@@ -173,6 +173,14 @@ def test_nobody_comes() -> None:
     listener.close()
 
 
+def test_a_listener_that_was_closed_before_its_wait_says_so() -> None:
+    """The stage's thread may come to wait only after the stage has left the epoch."""
+    listener = Listener(None)
+    listener.close()
+    with pytest.raises(PeerLostError, match="waiting for a neighbour"):
+        listener.accept(SECRET, 0, timeout_s=60)
+
+
 def test_closing_a_listener_ends_its_wait() -> None:
     """A stage that leaves an epoch must not wait out the whole time for a neighbour that died."""
     listener = Listener(None)
