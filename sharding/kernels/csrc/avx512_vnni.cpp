@@ -32,7 +32,7 @@ const Ops& avx512_vnni_ops() {
     static const Ops ops = [] {
         Ops own = AVX512_OPS;
         own.name = "avx512_vnni";
-        own.order = Order::Bytes;
+        own.packing = {Order::Bytes, 2};
         own.matmul = avx512_vnni::matmul;
         own.gated_matmul = avx512_vnni::gated_matmul;
         own.embed_row = avx512_vnni::embed_row;

@@ -86,7 +86,7 @@ struct Kernels {
 };
 
 void check_order(const Ops& ops, const Weight& weight) {
-    if (ops.order != weight.order())
+    if (ops.packing.order != weight.order())
         throw std::invalid_argument("a weight that was packed for another instruction set");
 }
 
@@ -255,7 +255,7 @@ NB_MODULE(_cpu, m) {
     nb::class_<Kernels> kernels(m, "Kernels");
     nb::class_<Weight>(m, "Weight")
         .def("__init__", [](Weight* self, int cols,
-                            const Kernels& kernels) { new (self) Weight(cols, kernels.ops.order); })
+                            const Kernels& kernels) { new (self) Weight(cols, kernels.ops.packing); })
         .def(
             "append",
             [](Weight& self, int type, std::vector<int> rows, std::vector<Address> files,

@@ -33,7 +33,7 @@ namespace {
 }  // namespace LONGSPAN_ISA
 
 const Ops LONGSPAN_OPS{LONGSPAN_ISA::ISA_NAME,
-                       Order::Values,
+                       {Order::Values, LONGSPAN_ISA::STREAM_PANELS},
                        LONGSPAN_ISA::matmul,
                        LONGSPAN_ISA::embed_row,
                        LONGSPAN_ISA::rms_norm,

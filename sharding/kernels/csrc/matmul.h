@@ -137,12 +137,21 @@ constexpr Arithmetic arithmetic() {
     return {CHUNK / F.groups, F.scale != 0, F.has_minimum(), F.offset != 0};
 }
 
-// y[t][p] += the sums of decoded panels over `groups` groups; y is [TOKENS][PANELS][16]. Not
-// inlined: formats of one arithmetic share it.
+// y[t][p] += the sums of decoded panels over `groups` groups; y is [TOKENS][PANELS][16]. `ahead` is
+// what lies as far from `columns` as the next tile's, fetched meanwhile: chunks of a tile are too
+// short a run for the hardware to see. Not inlined: formats of one arithmetic share it.
 template <Arithmetic A, int TOKENS, int PANELS>
 __attribute__((noinline)) void tile(const Decoded (&panels)[PANELS], int groups,
-                                    const float* columns, const float* sums, float* y) {
+                                    const float* columns, size_t ahead, const float* sums,
+                                    float* y) {
+    constexpr int group_bytes = TOKENS * A.group_columns * static_cast<int>(sizeof(float));
+    // A copy, as compilers cannot know that y is none of the inputs and would store it twice.
+    V total[TOKENS][PANELS];
+    for (int t = 0; t < TOKENS; ++t)
+        for (int p = 0; p < PANELS; ++p) total[t][p] = load(y + (t * PANELS + p) * LANES);
     for (int g = 0; g < groups; ++g) {
+        const auto* next = reinterpret_cast<const uint8_t*>(columns + ahead) + g * group_bytes;
+        for (int line = 0; line < group_bytes; line += 64) __builtin_prefetch(next + line);
         V s[TOKENS][PANELS];
         for (int t = 0; t < TOKENS; ++t)
             for (int p = 0; p < PANELS; ++p)
@@ -165,14 +174,14 @@ __attribute__((noinline)) void tile(const Decoded (&panels)[PANELS], int groups,
             const V d = A.scaled ? load(panels[p].scales + g * LANES) : zero();
             const V m = A.minimum ? load(panels[p].minima + g * LANES) : zero();
             for (int t = 0; t < TOKENS; ++t) {
-                float* of = y + (t * PANELS + p) * LANES;
-                V sum = load(of);
+                V& sum = total[t][p];
                 sum = A.scaled ? fma(d, s[t][p], sum) : add(sum, s[t][p]);
                 if (A.minimum) sum = fma(m, splat(sums[g * TOKENS + t]), sum);
-                store(of, sum);
             }
         }
     }
+    for (int t = 0; t < TOKENS; ++t)
+        for (int p = 0; p < PANELS; ++p) store(y + (t * PANELS + p) * LANES, total[t][p]);
 }
 
 // The sizes of tiles that exist: a smaller number of tokens takes the next larger.
@@ -295,6 +304,7 @@ inline void tile_panels(const Part& part, int panel, int first, int stop, const 
                 tile<arithmetic<F>(), N>(
                     decoded, n * groups_a_chunk,
                     x.columns + before * CHUNK + static_cast<size_t>(at) * CHUNK * N,
+                    static_cast<size_t>(TILE_TOKENS) * chunks * CHUNK,
                     x.sums + before * sums_a_chunk + static_cast<size_t>(at) * sums_a_chunk * N,
                     y + static_cast<size_t>(i - first) * tile_floats);
             });

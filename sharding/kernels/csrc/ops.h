@@ -68,8 +68,9 @@ struct Scored {
 
 struct Ops {
     const char* name;
-    // How weights must be packed.
-    Order order;
+    // How weights must be packed; in another order they cannot be read, with another number of
+    // panels abreast more slowly.
+    Packing packing;
     // The part's columns of residual + x[T, I] @ weight^T. `next`, if not null, is the weight that
     // will be read after this one.
     void (*matmul)(const float* x, const Part& part, const Weight* next, const Output& out);

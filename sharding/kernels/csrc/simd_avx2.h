@@ -76,13 +76,17 @@ inline V load_bf16(const uint16_t* p) {
     return {widen(_mm_loadu_si128(half)), widen(_mm_loadu_si128(half + 1))};
 }
 inline V load_i8(const int8_t* p) {
-    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
-            _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
+    const auto widen = [](const int8_t* eight) {
+        const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(eight));
+        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+    };
+    return {widen(p), widen(p + 8)};
 }
 inline W load_u8(const uint8_t* p) {
-    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    return {_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8))};
+    const auto widen = [](const uint8_t* eight) {
+        return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(eight)));
+    };
+    return {widen(p), widen(p + 8)};
 }
 
 inline W load_words(const uint8_t* p) {

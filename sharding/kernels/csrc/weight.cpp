@@ -234,8 +234,8 @@ void pack_panel(const Part& part, int panel, const std::vector<Rows>& tensors, s
         for (int lane = 0; lane < rows; ++lane) {
             const uint8_t* from = tensor->file + static_cast<size_t>(first + lane) * row_bytes +
                                   static_cast<size_t>(u) * F.block;
-            if (is_packed(F) || (is_quantised(F) && part.order == Order::Bytes)) {
-                if constexpr (is_quantised(F)) pack_packed<F>(from, unit, lane, part.order);
+            if (is_packed(F) || (is_quantised(F) && part.packing.order == Order::Bytes)) {
+                if constexpr (is_quantised(F)) pack_packed<F>(from, unit, lane, part.packing.order);
             } else if constexpr (!is_packed(F)) {
                 pack_wide<F>(from, unit, lane, std::min(CHUNK, part.cols - u * CHUNK));
             }
@@ -274,8 +274,8 @@ void Weight::append(int type, const std::vector<Rows>& tensors, size_t row_bytes
         if (rows < 1 || cols_ < 1 || cols_ % unit ||
             row_bytes != static_cast<size_t>(cols_ / unit) * unit_bytes)
             throw std::invalid_argument("a row's bytes do not fit its columns");
-        Part shape{F, order_, rows, cols_, Memory(1)};
-        Part part{F, order_, rows, cols_, Memory(shape.panels() * shape.panel_bytes())};
+        Part shape{F, packing_, rows, cols_, Memory(1)};
+        Part part{F, packing_, rows, cols_, Memory(shape.panels() * shape.panel_bytes())};
         pool().run(part.panels(),
                    [&](int panel) { pack_panel<F>(part, panel, tensors, row_bytes); });
         parts_.push_back(std::move(part));
