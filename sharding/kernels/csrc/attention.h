@@ -73,24 +73,28 @@ class Ahead {
 
 constexpr int HALF_BYTES = LANES * static_cast<int>(sizeof(uint16_t));
 
-// y[t][p] = sum over k of x[t * t_step + k * k_step] * w[k][p]; one chain each, k after k. Halves
+// The same pointer, of which the compiler does not know that: it reads again what it would rather
+// keep, and store for want of registers.
+inline const float* again(const float* p) {
+    asm volatile("" : "+r"(p));
+    return p;
+}
+
+// y[t][p] += sum over k of x[t * t_step + k * k_step] * w[k][p]; one chain each, k after k. Halves
 // are read from memory: as many bytes are fetched ahead.
 template <int ROWS, int PANELS, bool HALF>
 inline void products(const float* x, int t_step, int k_step, const void* const (&w)[PANELS],
                      Ahead* ahead, int w_step, int n, V (&y)[ROWS][PANELS]) {
-    for (int t = 0; t < ROWS; ++t)
-        for (int p = 0; p < PANELS; ++p) y[t][p] = zero();
+    constexpr bool crowded = ROWS * PANELS + PANELS + 1 > REGISTERS;
     for (int k = 0; k < n; ++k) {
-        V a[PANELS];
-        for (int p = 0; p < PANELS; ++p) {
-            if constexpr (HALF) a[p] = load_f16(static_cast<const uint16_t*>(w[p]) + k * w_step);
-            else a[p] = load(static_cast<const float*>(w[p]) + k * w_step);
-        }
         if constexpr (HALF)
             if (k * PANELS * HALF_BYTES % Ahead::STEP == 0) ahead->fetch();
-        for (int t = 0; t < ROWS; ++t) {
-            const V b = splat(x[t * t_step + k * k_step]);
-            for (int p = 0; p < PANELS; ++p) y[t][p] = fma(a[p], b, y[t][p]);
+        for (int p = 0; p < PANELS; ++p) {
+            V a;
+            if constexpr (HALF) a = load_f16(static_cast<const uint16_t*>(w[p]) + k * w_step);
+            else a = load(static_cast<const float*>(w[p]) + k * w_step);
+            const float* of = (crowded ? again(x) : x) + k * k_step;
+            for (int t = 0; t < ROWS; ++t) y[t][p] = fma(a, splat(of[t * t_step]), y[t][p]);
         }
     }
 }
@@ -135,6 +139,8 @@ inline void block_scores(const Block& block, const Queries& q, int pages, float*
     const auto some = [&]<int PANELS>(int page) {
         const void* at[PANELS];
         V y[ROWS][PANELS];
+        for (int t = 0; t < ROWS; ++t)
+            for (int p = 0; p < PANELS; ++p) y[t][p] = zero();
         if (block.wide_keys) {
             for (int p = 0; p < PANELS; ++p)
                 at[p] = block.wide_keys + (page + p) * block.dim * PAGE;
@@ -180,38 +186,41 @@ inline float block_weights(float* scores, int pages, float most) {
     return sum(total);
 }
 
-// Mixes the values of a block's first `slots` slots: y[t][padded].
+// Mixes the values of a block's first `slots` slots: y[t][padded]. Halves page by page, as they lie
+// in memory and a first-level cache holds them; sums are put away in between.
 template <int ROWS>
 inline void block_mix(const Block& block, const float* weights, int slots, float* y) {
     constexpr int wide = panels_for(ROWS);
-    const auto some = [&]<int PANELS>(int d) {
-        V sums[ROWS][PANELS];
-        const void* at[PANELS];
-        if (block.wide_values) {
-            for (int p = 0; p < PANELS; ++p) at[p] = block.wide_values + d + p * LANES;
-            products<ROWS, PANELS, false>(weights, BLOCK_SLOTS, 1, at, nullptr, block.padded, slots,
-                                          sums);
-        } else {
-            for (int t = 0; t < ROWS; ++t)
-                for (int p = 0; p < PANELS; ++p) sums[t][p] = zero();
-            for (int s = 0; s < slots; ++s) {
-                const uint16_t* value = block.values[s / PAGE] + s % PAGE * block.dim + d;
-                V a[PANELS];
-                for (int p = 0; p < PANELS; ++p) a[p] = load_f16(value + p * LANES);
-                if (s * PANELS * HALF_BYTES % Ahead::STEP == 0) block.ahead->fetch();
-                for (int t = 0; t < ROWS; ++t) {
-                    const V b = splat(weights[t * BLOCK_SLOTS + s]);
-                    for (int p = 0; p < PANELS; ++p) sums[t][p] = fma(a[p], b, sums[t][p]);
-                }
+    const int run = block.wide_values ? slots : PAGE;
+    std::fill_n(y, ROWS * block.padded, 0.0f);
+    for (int slot = 0; slot < slots; slot += run) {
+        const int n = std::min(run, slots - slot);
+        const auto some = [&]<int PANELS>(int d) {
+            const auto each_sum = [&](const auto& use) {
+                for (int t = 0; t < ROWS; ++t)
+                    for (int p = 0; p < PANELS; ++p)
+                        use(t, p, y + t * block.padded + d + p * LANES);
+            };
+            V sums[ROWS][PANELS];
+            each_sum([&](int t, int p, const float* at) { sums[t][p] = load(at); });
+            const void* at[PANELS];
+            if (block.wide_values) {
+                for (int p = 0; p < PANELS; ++p) at[p] = block.wide_values + d + p * LANES;
+                products<ROWS, PANELS, false>(weights, BLOCK_SLOTS, 1, at, nullptr, block.padded, n,
+                                              sums);
+            } else {
+                const uint16_t* values = block.values[slot / PAGE] + d;
+                for (int p = 0; p < PANELS; ++p) at[p] = values + p * LANES;
+                products<ROWS, PANELS, true>(weights + slot, BLOCK_SLOTS, 1, at, block.ahead,
+                                             block.dim, n, sums);
             }
-        }
-        for (int t = 0; t < ROWS; ++t)
-            for (int p = 0; p < PANELS; ++p)
-                store(y + t * block.padded + d + p * LANES, sums[t][p]);
-    };
-    int d = 0;
-    for (; d + wide * LANES <= block.padded; d += wide * LANES) some.template operator()<wide>(d);
-    for (; d < block.padded; d += LANES) some.template operator()<1>(d);
+            each_sum([&](int t, int p, float* at) { store(at, sums[t][p]); });
+        };
+        int d = 0;
+        for (; d + wide * LANES <= block.padded; d += wide * LANES)
+            some.template operator()<wide>(d);
+        for (; d < block.padded; d += LANES) some.template operator()<1>(d);
+    }
 }
 
 // One row alone, over just the slots it sees: where a later token's value is not finite.

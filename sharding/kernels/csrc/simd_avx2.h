@@ -5,6 +5,7 @@ constexpr int TILE_TOKENS = 6;  // 6 x 1 x 2 registers of 16
 constexpr int TILE_PANELS = 1;
 constexpr int STREAM_PANELS = 2;
 constexpr int STREAM_TOKENS = 2;
+constexpr int REGISTERS = 8;
 
 struct V {
     __m256 lo, hi;

@@ -6,6 +6,7 @@ constexpr int TILE_TOKENS = 12;  // 12 x 2 sums fill 24 of 32 registers
 constexpr int TILE_PANELS = 2;
 constexpr int STREAM_PANELS = 4;  // at most; what registers hold
 constexpr int STREAM_TOKENS = 4;
+constexpr int REGISTERS = 32;  // that hold a V
 
 struct V {
     __m512 v;

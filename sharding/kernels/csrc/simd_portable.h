@@ -7,6 +7,7 @@ constexpr int TILE_TOKENS = 4;
 constexpr int TILE_PANELS = 1;
 constexpr int STREAM_PANELS = 1;
 constexpr int STREAM_TOKENS = 1;
+constexpr int REGISTERS = 8;
 
 struct V {
     float v[16];
