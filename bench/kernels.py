@@ -258,10 +258,10 @@ def main(
     ),
     only: Annotated[str, typer.Option(help="Rows whose name contains this.")] = "",
     load: Annotated[bool, typer.Option(help="Also pack a 7B; writes a file of 4 GB.")] = False,
-    keep: Annotated[bool, typer.Option(help="Write results/kernels.json.")] = False,
+    keep: Annotated[bool, typer.Option(help="Write results/kernels-SET.json.")] = False,
 ) -> None:
     """Measure every kernel."""
-    report = Report("kernels", keep)
+    report = Report("kernels", keep, instruction_set)
     use_threads(threads, "cpu")
     ceilings = Ceilings(threads)
     common: dict[str, str | int] = {"instruction_set": instruction_set, "threads": threads}

@@ -31,6 +31,7 @@ import typer
 from bench.http_rates import Served, stream_all
 from bench.report import Report
 from serving.fetch import resolve_model
+from sharding.kernels.cpu import INSTRUCTION_SETS
 
 TOKENS = 48
 _LONG = 2000  # the peer's script measures once from here on, three times below
@@ -148,7 +149,7 @@ def main(
         int | None, typer.Option(help="Threads of each stage behind HTTP; default: the server's.")
     ] = None,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
-    keep: Annotated[bool, typer.Option(help="Write results/peers.json.")] = False,
+    keep: Annotated[bool, typer.Option(help="Write results/peers-SET.json.")] = False,
 ) -> None:
     """Compare on one model."""
     setup = Setup(resolve_model(model), threads, [int(depth) for depth in depths.split(",")])
@@ -159,7 +160,7 @@ def main(
     if serve:
         mode = f"{stages} stages, HTTP"
         engines[mode] = lambda number: setup.over_http(stages, serve_threads, seed=number)
-    report = Report("peers", keep)
+    report = Report("peers", keep, INSTRUCTION_SETS[0])
     found = rounds_of(engines, rounds)
     peers = found.pop("llama.cpp")
     for mode, own in found.items():

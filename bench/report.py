@@ -22,10 +22,14 @@ def _command(name: str) -> str:
 
 
 class Report:
-    """Prints each row as it comes; `keep` also writes them to `results/<name>.json`."""
+    """Prints each row as it comes; `keep` also writes them to `results/<name>.json`.
 
-    def __init__(self, name: str, keep: bool) -> None:
-        self._path = RESULTS / f"{name}.json" if keep else None
+    `variant`: what else tells one kept file from another, as in `results/<name>-<variant>.json`.
+    """
+
+    def __init__(self, name: str, keep: bool, variant: str = "") -> None:
+        kept_as = f"{name}-{variant}" if variant else name
+        self._path = RESULTS / f"{kept_as}.json" if keep else None
         self._rows: list[str] = []
         self._about = {
             "machine": describe_machine(),

@@ -1,10 +1,7 @@
 #include "weight.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <cstring>
-#include <new>
 #include <stdexcept>
 #include <utility>
 
@@ -13,10 +10,6 @@
 
 namespace longspan {
 namespace {
-
-constexpr size_t LARGE_PAGE = 2u << 20;
-
-size_t whole_pages(size_t bytes) { return (bytes + 4095) / 4096 * 4096; }
 
 // One row's unit in the open: stored values in column order, scales and minima by group.
 struct Row {
@@ -245,21 +238,6 @@ void pack_panel(const Part& part, int panel, const std::vector<Rows>& tensors, s
 
 }  // namespace
 
-Memory::Memory(size_t bytes) : bytes_(whole_pages(bytes)) {
-    void* p = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (p == MAP_FAILED) throw std::bad_alloc();
-    // Only a hint: fewer page faults while packing, fewer translations while streaming.
-    if (bytes_ >= LARGE_PAGE) madvise(p, bytes_, MADV_HUGEPAGE);
-    data_ = static_cast<uint8_t*>(p);
-}
-
-Memory::Memory(Memory&& other) noexcept
-    : data_(std::exchange(other.data_, nullptr)), bytes_(other.bytes_) {}
-
-Memory::~Memory() {
-    if (data_) munmap(data_, bytes_);
-}
-
 void Weight::append(int type, const std::vector<Rows>& tensors, size_t row_bytes) {
     int rows = 0;
     bool whole = true;
@@ -274,8 +252,8 @@ void Weight::append(int type, const std::vector<Rows>& tensors, size_t row_bytes
         if (rows < 1 || cols_ < 1 || cols_ % unit ||
             row_bytes != static_cast<size_t>(cols_ / unit) * unit_bytes)
             throw std::invalid_argument("a row's bytes do not fit its columns");
-        Part shape{F, packing_, rows, cols_, Memory(1)};
-        Part part{F, packing_, rows, cols_, Memory(shape.panels() * shape.panel_bytes())};
+        Part part{F, packing_, rows, cols_, {}};
+        part.memory = Memory(part.panels() * part.panel_bytes());
         pool().run(part.panels(),
                    [&](int panel) { pack_panel<F>(part, panel, tensors, row_bytes); });
         parts_.push_back(std::move(part));

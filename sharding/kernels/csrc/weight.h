@@ -2,10 +2,10 @@
 #pragma once
 
 #include <cstdint>
-#include <memory>
 #include <vector>
 
 #include "layout.h"
+#include "memory.h"
 
 namespace longspan {
 
@@ -25,22 +25,6 @@ constexpr int block_panels_for(int panels, int abreast) {
     const bool even = (panels + 3) / 4 % 2 == 0;
     return abreast == 4 && !even && panels % 6 == 0 ? 3 : abreast;
 }
-
-// Memory straight from the system, in large pages where it has them. Zero at first.
-class Memory {
-  public:
-    explicit Memory(size_t bytes);
-    ~Memory();
-    Memory(Memory&& other) noexcept;
-    Memory(const Memory&) = delete;
-    Memory& operator=(const Memory&) = delete;
-    Memory& operator=(Memory&&) = delete;
-    uint8_t* data() const { return data_; }
-
-  private:
-    uint8_t* data_;
-    size_t bytes_;
-};
 
 // Rows of one format. Panels come in blocks (the last may be smaller); a block holds unit 0 of its
 // panels, then unit 1 of each, and so on.
