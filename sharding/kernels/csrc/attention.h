@@ -299,9 +299,19 @@ struct Attended {
     float* y;
 
     int shared() const { return pages->heads / pages->kv_heads; }
-    int rows() const { return (segment->stop - segment->first) * shared(); }
+    int tokens() const { return segment->stop - segment->first; }
+    int rows() const { return tokens() * shared(); }
+    int tiles() const { return (rows() + ROW_TILE - 1) / ROW_TILE; }
     int last(int row) const { return segment->position + row / shared(); }
     int from(int row) const { return window ? std::max(0, last(row) - window + 1) : 0; }
+    // Calls use(tile, first row, rows) for tiles of about equal size.
+    template <class Use>
+    void each_tile(const Use& use) const {
+        for (int i = 0; i < tiles(); ++i) {
+            const int first = rows() * i / tiles();
+            use(i, first, rows() * (i + 1) / tiles() - first);
+        }
+    }
     size_t at(int row) const {
         return (static_cast<size_t>(segment->first + row / shared()) * pages->heads +
                 kv_head * shared() + row % shared()) *
@@ -443,19 +453,17 @@ inline void attend_rows(const Attended& a, int first, int stop) {
         a.finish(first + t, sums[t], mixed + static_cast<size_t>(t) * padded);
 }
 
-// A single tile of rows (a decoded token and its heads): blocks are tasks of their own. Returns the
-// parts in `parts` [block][ROW_TILE] and `y` [block][ROW_TILE][padded]. `add_following` adds what
+// A decoded token and its heads, or a single tile of rows: blocks are tasks of their own. Returns
+// the parts in `parts` [tile][ROW_TILE] and `y` [tile][ROW_TILE][padded]. `add_following` adds what
 // is read after the block to an Ahead, up to the given number of pages.
 template <class AddFollowing>
 inline void attend_block(const Attended& a, int index, const AddFollowing& add_following,
                          Partial* parts, float* y) {
     static thread_local Scratch<float> scratch;
-    const int rows = a.rows(), dim = a.pages->dim, size = tile_for(rows);
+    const int dim = a.pages->dim;
     float* memory =
         scratch.at_least(widened_floats(dim, a.padded) + ROW_TILE * (dim + BLOCK_SLOTS));
     float *x = memory + widened_floats(dim, a.padded), *scores = x + ROW_TILE * dim;
-    Queries q;
-    a.queries(0, rows, size, x, q);
     Block block = a.block(index);
     const int lead = a.lead();
     Ahead ahead;
@@ -465,8 +473,15 @@ inline void attend_block(const Attended& a, int index, const AddFollowing& add_f
     block.ahead = &ahead;
     // An infinity must not reach a token that does not see it, earlier or beyond its window: look
     // at the values.
-    if (dim % LANES || a.window || rows > a.shared()) widen(block, memory);
-    with_tile(size, [&]<int ROWS>() { block_parts<ROWS>(block, q, scores, parts, y); });
+    if (dim % LANES || a.window || a.tokens() > 1) widen(block, memory);
+    a.each_tile([&](int tile, int first, int n) {
+        Queries q;
+        a.queries(first, n, tile_for(n), x, q);
+        with_tile(tile_for(n), [&]<int ROWS>() {
+            block_parts<ROWS>(block, q, scores, parts + tile * ROW_TILE,
+                              y + tile * ROW_TILE * a.padded);
+        });
+    });
 }
 
 inline int rows_a_task(const std::vector<Segment>& segments, const Pages& pages) {
@@ -481,8 +496,8 @@ inline void attention(const float* q, const std::vector<Segment>& segments, cons
     const int padded = (pages.dim + LANES - 1) / LANES * LANES;
     struct Task {
         Attended a;
-        int first, stop;  // rows, or blocks where the segment is a single tile of rows
-        int slot;         // of the first block's parts, -1 for many rows
+        int first, stop;  // rows, or blocks where these are tasks
+        int slot;         // of the first block's first tile, -1 for many rows
     };
     static thread_local std::vector<Task> tasks, singles;
     static thread_local Scratch<float> scratch;
@@ -496,7 +511,7 @@ inline void attention(const float* q, const std::vector<Segment>& segments, cons
         for (int g = 0; g < pages.kv_heads; ++g) {
             const Attended a{q, &segment, &pages, g, window, padded, y};
             const int rows = a.rows();
-            if (rows > ROW_TILE) {
+            if (rows > ROW_TILE && a.tokens() > 1) {
                 // The last rows see the most: begin with them.
                 for (int first = (rows - 1) / some * some; first >= 0; first -= some)
                     tasks.push_back({a, first, std::min(rows, first + some), -1});
@@ -504,12 +519,13 @@ inline void attention(const float* q, const std::vector<Segment>& segments, cons
             }
             from = a.from(0) / BLOCK_SLOTS, stop = a.last(rows - 1) / BLOCK_SLOTS + 1;
             singles.push_back({a, from, stop, slots});
-            slots += stop - from;
+            slots += (stop - from) * a.tiles();
         }
         // Block by block, as pages lie in memory: a page has all kv heads.
         for (int index = from; index < stop; ++index)
             for (size_t i = first_single; i < singles.size(); ++i)
-                tasks.push_back({singles[i].a, index, index + 1, singles[i].slot + index - from});
+                tasks.push_back({singles[i].a, index, index + 1,
+                                 singles[i].slot + (index - from) * singles[i].a.tiles()});
     }
     const size_t part_floats = static_cast<size_t>(ROW_TILE) * padded;
     const size_t parts_floats =
@@ -537,13 +553,16 @@ inline void attention(const float* q, const std::vector<Segment>& segments, cons
                      mixes + task.slot * part_floats);
     });
     for (const Task& single : few) {
-        const int rows = single.a.rows();
-        Partial sums[ROW_TILE] = {};
-        float* mixed = mixes + single.slot * part_floats;
-        for (int slot = single.slot; slot < single.slot + single.stop - single.first; ++slot)
-            merge(sums, mixed, parts + static_cast<size_t>(slot) * ROW_TILE,
-                  mixes + slot * part_floats, rows, padded);
-        for (int row = 0; row < rows; ++row)
-            single.a.finish(row, sums[row], mixed + static_cast<size_t>(row) * padded);
+        single.a.each_tile([&](int tile, int first, int rows) {
+            Partial sums[ROW_TILE] = {};
+            float* mixed = mixes + (single.slot + tile) * part_floats;
+            for (int block = 0; block < single.stop - single.first; ++block) {
+                const int slot = single.slot + block * single.a.tiles() + tile;
+                merge(sums, mixed, parts + static_cast<size_t>(slot) * ROW_TILE,
+                      mixes + slot * part_floats, rows, padded);
+            }
+            for (int row = 0; row < rows; ++row)
+                single.a.finish(first + row, sums[row], mixed + static_cast<size_t>(row) * padded);
+        });
     }
 }

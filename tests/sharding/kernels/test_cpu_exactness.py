@@ -39,7 +39,9 @@ SHARINGS = [
     Heads(3, 1, 64),
     Heads(4, 1, 80),
     Heads(8, 2, 100),
+    Heads(14, 2, 64),
     Heads(16, 1, 64),
+    Heads(25, 1, 32),
     Heads(3, 1, 128),
 ]
 
