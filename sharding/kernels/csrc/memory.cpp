@@ -9,7 +9,7 @@
 namespace longspan {
 namespace {
 
-constexpr size_t PAGE_BYTES = 4096, LARGE_PAGE = 2u << 20, REGION_BYTES = 64u << 20;
+constexpr size_t PAGE_BYTES = 4096, LARGE_PAGE = 2u << 20, REGION_BYTES = 256u << 20;
 
 constexpr size_t whole(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
 
