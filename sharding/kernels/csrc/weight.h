@@ -9,12 +9,10 @@
 
 namespace longspan {
 
-// How an instruction set wants weights packed.
-//
-// abreast   panels whose units lie in turn, so that one stream of memory feeds as many sums. As
-// many
-//           as the kernel for one token takes at once: with more it would skip what lies between,
-//           which no prefetch follows (4 for AVX2's 2: a third fewer tokens a second on Zen 3)
+// How an instruction set wants weights packed. `abreast` panels have their units in turn, so that
+// one stream of memory feeds as many sums: as many as the kernel for one token takes at once, as it
+// would skip the others and fetch them ahead for nothing (four for AVX2's two: a third fewer tokens
+// a second on Zen 3).
 struct Packing {
     Order order;
     int abreast;
