@@ -1,7 +1,7 @@
 """Decoder blocks put together from a kernel set's single steps.
 
 The reference computes this way; a compiled set runs all blocks in one call, and is held to this bit
-for bit.
+for bit. A set that has a faster way for two steps that follow each other overrides the pair.
 
     T tokens, I hidden size, X queries of all heads, F feed-forward width
 """
@@ -56,27 +56,38 @@ class ComposedLayers:
         last = len(self.weights) - 1
         blocks = zip(self.weights, self.pages, strict=True)
         for number, (weights, pages) in enumerate(blocks):
-            q_TX, at = self._store(x_TI, weights, index, pages), index
+            qkv_TX = self._normed(x_TI, weights.attn_norm_I, weights.eps, weights.qkv)
+            q_TX, at = self.kernels.rotate_and_store(qkv_TX, index, pages), index
             if wanted is not None and number == last:
                 if not wanted:
                     return x_TI[:0]
                 rows = list(wanted)
                 x_TI, q_TX, at = x_TI[rows], q_TX[rows], index.alone(rows)
-            mixed_TX = self.kernels.attention(q_TX, at, pages, weights.window)
-            x_TI = self.kernels.matmul(mixed_TX, weights.attn_output, x_TI)
-            x_TI = self._feed_forward(x_TI, weights)
+            x_TI = self._mixed(q_TX, at, pages, weights, x_TI)
+            both_T2F = self._normed(x_TI, weights.ffn_norm_I, weights.eps, weights.gate_up)
+            x_TI = self._gated(both_T2F, weights.ffn_down, x_TI)
         return x_TI
 
-    def _store(
-        self, x_TI: torch.Tensor, weights: BlockWeights, index: BatchIndex, pages: LayerPages
+    def _normed(
+        self, x_TI: torch.Tensor, norm_I: torch.Tensor, eps: float, weight: Weight
     ) -> torch.Tensor:
-        """The turned queries; keys and values go to their pages."""
-        normed_TI = self.kernels.rms_norm(x_TI, weights.attn_norm_I, weights.eps)
-        qkv_TX = self.kernels.matmul(normed_TI, weights.qkv)
-        return self.kernels.rotate_and_store(qkv_TX, index, pages)
+        """A norm and what is made of it."""
+        return self.kernels.matmul(self.kernels.rms_norm(x_TI, norm_I, eps), weight)
 
-    def _feed_forward(self, x_TI: torch.Tensor, weights: BlockWeights) -> torch.Tensor:
-        kernels = self.kernels
-        normed_TI = kernels.rms_norm(x_TI, weights.ffn_norm_I, weights.eps)
-        gated_TF = kernels.gated_silu(kernels.matmul(normed_TI, weights.gate_up))
-        return kernels.matmul(gated_TF, weights.ffn_down, x_TI)
+    def _mixed(
+        self,
+        q_TX: torch.Tensor,
+        index: BatchIndex,
+        pages: LayerPages,
+        weights: BlockWeights,
+        residual_TI: torch.Tensor,
+    ) -> torch.Tensor:
+        """Attention and its output."""
+        mixed_TX = self.kernels.attention(q_TX, index, pages, weights.window)
+        return self.kernels.matmul(mixed_TX, weights.attn_output, residual_TI)
+
+    def _gated(
+        self, gate_up_T2F: torch.Tensor, weight: Weight, residual_TI: torch.Tensor
+    ) -> torch.Tensor:
+        """A gate and the product after it."""
+        return self.kernels.matmul(self.kernels.gated_silu(gate_up_T2F), weight, residual_TI)
