@@ -34,7 +34,6 @@ from torch.nn.functional import scaled_dot_product_attention
 from bench.operands import Heads, Shape, filled_layers, one_request, raw_file
 from bench.report import Report
 from sharding.batch import SamplingParams
-from sharding.kernels.planes import BLOCK
 from sharding.kernels.triton import TritonKernels, interpreted
 from sharding.kernels.triton_products import FEW_TOKENS
 from sharding.model.kv_cache import LayerPages
@@ -109,7 +108,7 @@ class Cases:
                 first.n_bytes + x_TI.nbytes,
                 2 * rows * cols * tokens,
                 partial(torch.mm, x_TI.half(), expanded_OI.t()),
-                partial(kernels._products.digits, x_TI, -(-cols // BLOCK)) if few else None,
+                partial(kernels.products.digits, x_TI) if few else None,
             )
 
     def _attention(self, heads: Heads) -> Iterator[Case]:

@@ -31,6 +31,7 @@ from triton.compiler import ASTSource, CompiledKernel
 from bench.report import Report
 from sharding.kernels import (
     triton_attention,
+    triton_digits,
     triton_gemm,
     triton_matmul,
     triton_plan,
@@ -160,7 +161,7 @@ def attentions() -> Iterator[Kernel]:
             f"merge D{dim}",
             triton_attention._merge,
             pointers,
-            head | {"PARTS": triton_attention.parts_merged(dim)},
+            head | {"HEADS": triton_attention.heads_merged(dim), "PARTS": triton_attention.MERGED},
         )
 
 
@@ -187,9 +188,17 @@ def rows() -> Iterator[Kernel]:
         {"scaled": "fp64", "best": "fp64", "ids": "i32", "seed": "i64", "position": "i64"},
         {"SIZE": triton_rows.DRAW_BLOCK},
     )
-    digits = x | {"digits": "i8", "factors": "fp32"}
+    digits = {"digits": "i8", "factors": "fp32"}
     size: Constants = {"N": 8, "BLOCKS": triton_products.Tiles().blocks}
-    yield Kernel("digits", triton_matmul._digits, digits, size)
+    yield Kernel("digits", triton_digits._digits, x | digits, size)
+    normed = x | {"scale": "fp32"} | digits
+    yield Kernel("digits of norm", triton_digits._norm_digits, normed, size | {"WIDTH": 4096})
+    gated = {"gate_up": "fp32"} | digits
+    yield Kernel("digits of gate", triton_digits._gate_digits, gated, size)
+    parts = {"partials": "fp32", "rows": "i32"} | digits
+    for dim in (64, 128, 256):
+        merged: Constants = {"N": 8, "DIM": dim, "PARTS": triton_attention.MERGED}
+        yield Kernel(f"digits of parts D{dim}", triton_digits._merge_digits, parts, merged)
     halves = {"out": "fp16", "factors": "fp32"}
     columns = triton_products.Tiles().columns
     of_eight: Constants = {"N": 8, "COLUMNS": columns}

@@ -16,7 +16,12 @@ import pytest
 from sharding.errors import LongspanError
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = ("test_triton_stage.py", "test_triton.py", "test_triton_graphs.py")
+FILES = (
+    "test_triton_stage.py",
+    "test_triton.py",
+    "test_triton_digits.py",
+    "test_triton_graphs.py",
+)
 MOST_PROCESSES = 8
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sharding.errors import COMPUTING_FAILED, ConfigError, StageError, UnsupportedModelError
-from sharding.kernels.composed import ComposedHead, ComposedLayers
+from sharding.kernels.composed import ComposedHead
 from sharding.kernels.planes import PLANES
 
 try:
@@ -30,7 +30,7 @@ except ImportError as missing:
     ) from missing
 
 from sharding.kernels import triton_attention, triton_products, triton_rows
-from sharding.kernels.triton_graphs import Graphs
+from sharding.kernels.triton_layers import FusedLayers, GraphedLayers
 from sharding.kernels.triton_plan import (
     HOPPER,
     INTERPRETED,
@@ -115,10 +115,10 @@ class TritonKernels:
     def __init__(self) -> None:
         self.device = choose_device()
         slow = interpreted()
-        self._products = triton_products.Products(
+        self.products = triton_products.Products(
             self.device, triton_products.INTERPRETED if slow else triton_products.Tiles()
         )
-        self._tiles = INTERPRETED if slow else _tiles(self.device)
+        self.tiles = INTERPRETED if slow else _tiles(self.device)
         self._try()
         # The batch at work and how its attention is cut: layers ask for the same one by one.
         self._index: BatchIndex | None = None
@@ -168,7 +168,7 @@ class TritonKernels:
         if ids and not 0 <= min(ids) <= max(ids) < weight.rows:
             raise IndexError(f"a row outside [0, {weight.rows})")
         ids_T = torch.tensor(ids, dtype=torch.int64).to(self.device)
-        return self._products.rows(_own(weight), ids_T)
+        return self.products.rows(_own(weight), ids_T)
 
     def matmul(
         self, x_TI: torch.Tensor, weight: Weight, residual_TO: torch.Tensor | None = None
@@ -178,7 +178,7 @@ class TritonKernels:
         if residual_TO is not None:
             assert residual_TO.is_contiguous(), residual_TO.stride()
             assert residual_TO.shape == (len(x_TI), weight.rows), residual_TO.shape
-        return self._products.matmul(x_TI, _own(weight), residual_TO)
+        return self.products.matmul(x_TI, _own(weight), residual_TO)
 
     def rms_norm(self, x_TI: torch.Tensor, scale_I: torch.Tensor, eps: float) -> torch.Tensor:
         """A row a program."""
@@ -194,14 +194,19 @@ class TritonKernels:
         self, q_TX: torch.Tensor, index: BatchIndex, pages: LayerPages, window: int = 0
     ) -> torch.Tensor:
         """Few rows of a request finely, chunks in FP16: see `triton_attention.py`."""
+        work = self.work(q_TX, index, pages, window)
+        return triton_attention.attend(q_TX, index, pages, window, work, self.tiles)
+
+    def work(self, q_TX: torch.Tensor, index: BatchIndex, pages: LayerPages, window: int) -> Work:
+        """How that attention is cut: as `use` said, or as the batch's other layers."""
         if self._index is not index:
             self._index, self._works = index, {}
         dim, kv_heads = pages.head_dim, pages.kv_heads
         assert dim <= triton_attention.MOST_DIMS, dim  # `layers` says so to the user
         way = Way(q_TX.shape[1] // dim // kv_heads, kv_heads, window, dim)
         if way not in self._works:
-            self._works[way] = plan_work(index, way, self._tiles)
-        return triton_attention.attend(q_TX, index, pages, window, self._works[way], self._tiles)
+            self._works[way] = plan_work(index, way, self.tiles)
+        return self._works[way]
 
     def gated_silu(self, gate_up_T2F: torch.Tensor) -> torch.Tensor:
         """The first half of the columns is the gate."""
@@ -225,16 +230,16 @@ class TritonKernels:
         return score(logits_TV, targets, alternatives)
 
     def layers(self, weights: Sequence[BlockWeights], pages: Sequence[LayerPages]) -> Layers:
-        """Kernel by kernel, on a GPU as graphs too. Raises `UnsupportedModelError` for heads beyond
-        the kernels' range."""
+        """Pairs of steps fused, on a GPU as graphs too. Raises `UnsupportedModelError` for heads
+        beyond the kernels' range."""
         for layer in pages:
             if layer.head_dim > triton_attention.MOST_DIMS:
                 raise UnsupportedModelError(
                     f"attention heads of {layer.head_dim} numbers; the Triton kernels take up to "
                     f"{triton_attention.MOST_DIMS}"
                 )
-        composed = ComposedLayers(self, weights, pages)
-        return composed if self.device.type != "cuda" else GraphedLayers(self, composed)
+        fused = FusedLayers(self, weights, pages)
+        return fused if self.device.type != "cuda" else GraphedLayers(self, fused)
 
     def head(self, norm_I: torch.Tensor, eps: float, weight: Weight) -> ComposedHead:
         """Kernel by kernel."""
@@ -242,38 +247,11 @@ class TritonKernels:
 
     def cuts(self, index: BatchIndex, ways: Sequence[Way]) -> list[Items]:
         """How attention is cut, for each way of blocks."""
-        return [plan_items(index, way, self._tiles) for way in ways]
+        return [plan_items(index, way, self.tiles) for way in ways]
 
     def use(self, index: BatchIndex, works: dict[Way, Work]) -> None:
         """Attention of that batch is cut so."""
         self._index, self._works = index, works
-
-
-class GraphedLayers:
-    """`Layers` on a GPU: single tokens as CUDA graphs, everything else kernel by kernel."""
-
-    def __init__(self, kernels: TritonKernels, composed: ComposedLayers) -> None:
-        self._kernels = kernels
-        self._composed = composed
-        blocks = zip(composed.weights, composed.pages, strict=True)
-        self._ways = sorted({_way(block, pages) for block, pages in blocks})
-        self._graphs = Graphs(kernels.device)
-
-    def run(
-        self, x_TI: torch.Tensor, index: BatchIndex, wanted: Sequence[int] | None = None
-    ) -> torch.Tensor:
-        """Hidden states after all blocks; writes the batch's keys and values."""
-        decoding = all(rows.stop - rows.first == 1 for rows in index.rows)
-        if wanted is not None or not decoding or not 0 < len(x_TI) <= triton_products.FEW_TOKENS:
-            return self._composed.run(x_TI, index, wanted)
-        cuts = self._kernels.cuts(index, self._ways)
-        if any(cut.chunks for cut in cuts):  # more heads share a kv head than are computed finely
-            return self._composed.run(x_TI, index)
-        return self._graphs.run(self._run, x_TI, index, cuts)
-
-    def _run(self, x_TI: torch.Tensor, index: BatchIndex, works: Sequence[Work]) -> torch.Tensor:
-        self._kernels.use(index, dict(zip(self._ways, works, strict=True)))
-        return self._composed.run(x_TI, index)
 
 
 def _is_of_cuda(error: Exception) -> bool:
@@ -286,11 +264,6 @@ def _is_of_cuda(error: Exception) -> bool:
         and "kernel image" not in said
         and ("PTX" not in said)
     )
-
-
-def _way(block: BlockWeights, pages: LayerPages) -> Way:
-    heads = block.attn_output.cols // pages.head_dim
-    return Way(heads // pages.kv_heads, pages.kv_heads, block.window, pages.head_dim)
 
 
 def _tiles(device: torch.device) -> Tiles:

@@ -17,6 +17,8 @@ The softmax is online (Milakov and Gimelshein 2018; Dao et al. 2022). Bounds: do
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -181,79 +183,156 @@ def _attend(
 
 
 @triton.jit
-def _merge(
-    partials, y, rows, heads, kv_heads, part_rows, DIM: tl.constexpr, DIMS: tl.constexpr,
-    PARTS: tl.constexpr,
+def _merged(
+    partials, row, there, first_head, heads, kv_heads, part_rows, DIM: tl.constexpr,
+    DIMS: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """A row's parts, in order. `rows`: where it goes as (token, row of its segment, first part,
-    parts)."""
-    row = rows + tl.program_id(0) * 4
-    token, own, first, parts = (
-        tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3),
-    )  # fmt: skip
-    kv_head = tl.program_id(1)
+    """The parts of some heads of a token in order, `[HEADS, DIMS]`; zeros for heads that there are
+    not, and without `there`. `row` is the token's first of `_merge`'s rows."""
+    shared = heads // kv_heads
+    head_H = first_head + tl.arange(0, HEADS)
     d = tl.arange(0, DIMS)
-    most = tl.full([PARTS], float("-inf"), tl.float32)
+    first, parts = tl.load(row + 2), tl.where(there, tl.load(row + 3), 0)
+    at_H = head_H // shared * part_rows + tl.load(row + 1) + head_H % shared
+    there_H = (head_H < heads) & there
+    most_PH = tl.full([PARTS, HEADS], float("-inf"), tl.float32)
     for begin in range(0, parts, PARTS):
         part_P = begin + tl.arange(0, PARTS)
-        at = (((first + part_P) * kv_heads + kv_head) * part_rows + own).to(tl.int64) * (DIM + 2)
-        part_most = tl.load(partials + at + DIM, mask=part_P < parts, other=float("-inf"))
-        most = tl.maximum(most, part_most)
-    highest = tl.max(most, axis=0)
-    mixed_D = tl.zeros([DIMS], tl.float32)
-    total = tl.zeros([PARTS], tl.float32)
+        there_PH = (part_P < parts)[:, None] & there_H[None, :]
+        at_P = (first + part_P) * (kv_heads * part_rows)
+        at_PH = (at_P[:, None] + at_H[None, :]).to(tl.int64) * (DIM + 2)
+        part_most_PH = tl.load(partials + at_PH + DIM, mask=there_PH, other=float("-inf"))
+        most_PH = tl.maximum(most_PH, part_most_PH)
+    highest_H = tl.where(there_H, tl.max(most_PH, axis=0), 0.0)
+    mixed_HD = tl.zeros([HEADS, DIMS], tl.float32)
+    total_PH = tl.zeros([PARTS, HEADS], tl.float32)
     for begin in range(0, parts, PARTS):
         part_P = begin + tl.arange(0, PARTS)
-        at = (((first + part_P) * kv_heads + kv_head) * part_rows + own).to(tl.int64) * (DIM + 2)
-        there = part_P < parts
-        part_most = tl.load(partials + at + DIM, mask=there, other=float("-inf"))
-        share_P = tl.where(there, tl.exp2(part_most - highest), 0.0)
-        total += share_P * tl.load(partials + at + DIM + 1, mask=there, other=0.0)
-        mix_PD = tl.load(
-            partials + at[:, None] + d[None, :],
-            mask=there[:, None] & (d < DIM)[None, :],
+        there_PH = (part_P < parts)[:, None] & there_H[None, :]
+        at_P = (first + part_P) * (kv_heads * part_rows)
+        at_PH = (at_P[:, None] + at_H[None, :]).to(tl.int64) * (DIM + 2)
+        part_most_PH = tl.load(partials + at_PH + DIM, mask=there_PH, other=float("-inf"))
+        share_PH = tl.exp2(part_most_PH - highest_H[None, :])
+        total_PH += share_PH * tl.load(partials + at_PH + DIM + 1, mask=there_PH, other=0.0)
+        mix_PHD = tl.load(
+            partials + at_PH[:, :, None] + d[None, None, :],
+            mask=there_PH[:, :, None] & (d < DIM)[None, None, :],
             other=0.0,
         )
-        mixed_D += tl.sum(mix_PD * share_P[:, None], axis=0)
-    shared = heads // kv_heads
-    to = (token.to(tl.int64) * heads + kv_head * shared + own % shared) * DIM
-    tl.store(y + to + d, tl.div_rn(mixed_D, tl.sum(total, axis=0)), mask=d < DIM)
+        mixed_HD += tl.sum(mix_PHD * share_PH[:, :, None], axis=0)
+    total_H = tl.where(there_H, tl.sum(total_PH, axis=0), 1.0)
+    return tl.div_rn(mixed_HD, total_H[:, None])
 
 
-def parts_merged(dim: int) -> int:
-    """At a time: as many as registers hold."""
-    return 128 if dim <= 128 else 64
+@triton.jit
+def _merge(
+    partials, y, rows, heads, kv_heads, part_rows, DIM: tl.constexpr, DIMS: tl.constexpr,
+    HEADS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Some heads of a token. `rows`: for each of the heads that share a kv head, where it goes as
+    (token, row of its segment, first part, parts)."""
+    row = rows + tl.program_id(0) * (heads // kv_heads) * 4
+    first_head = tl.program_id(1) * HEADS
+    mixed_HD = _merged(
+        partials, row, True, first_head, heads, kv_heads, part_rows, DIM, DIMS, HEADS, PARTS
+    )  # fmt: skip
+    head_H = first_head + tl.arange(0, HEADS)
+    d = tl.arange(0, DIMS)
+    to_H = (tl.load(row).to(tl.int64) * heads + head_H) * DIM
+    there_HD = (head_H < heads)[:, None] & (d < DIM)[None, :]
+    tl.store(y + to_H[:, None] + d[None, :], mixed_HD, mask=there_HD)
+
+
+MERGED = 64
+"""Parts that are merged at a time: with the heads of `heads_merged`, as many as registers hold."""
+
+
+def heads_merged(dim: int) -> int:
+    """By a program: 256 numbers of a token, which is a block of digits."""
+    return 256 // max(16, int(triton.next_power_of_2(dim)))
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Attention of few rows, `[part, G, rows, D + 2]` as `_attend` leaves them; `merged` says of
+    each row where it goes."""
+
+    partials: Tensor
+    merged: Tensor
+    heads: int
+    kv_heads: int
+    dim: int
+
+    @property
+    def rows(self) -> int:
+        """Of a part, at most."""
+        return self.partials.shape[2]
+
+    def merge(self, y_TX: Tensor) -> None:
+        """Into the rows of their tokens."""
+        dims, many = max(16, triton.next_power_of_2(self.dim)), heads_merged(self.dim)
+        tokens = len(self.merged) * self.kv_heads // self.heads
+        _merge[tokens, triton.cdiv(self.heads, many)](
+            self.partials, y_TX, self.merged, self.heads, self.kv_heads, self.rows, self.dim, dims,
+            many, MERGED,
+        )  # fmt: skip
 
 
 def attend(
     q_TX: Tensor, index: BatchIndex, pages: LayerPages, window: int, work: Work, tiles: Tiles
 ) -> Tensor:
     """Attention of every token over its slots, `[T, H * D]`."""
-    dim, kv_heads = pages.head_dim, pages.kv_heads
-    heads, dims = q_TX.shape[1] // dim, max(16, triton.next_power_of_2(dim))
     y_TX = torch.empty_like(q_TX)
-    keys, values, scale = pages.k_PGDS, pages.v_PGSD, _LOG2_E.value * dim**-0.5
     if work.chunks is not None:
-        tile, count = tiles.of(dim, fine=False), q_TX.numel()
-        half_TX = torch.empty_like(q_TX, dtype=torch.float16)
-        _round_queries[(triton.cdiv(count, 4096),)](q_TX, half_TX, scale, count, 4096)
-        prior, logs = half_TX, y_TX
-        if work.prefixes:
-            prior, logs = attend_prefixes(half_TX, index, pages, work.prefixes)
-        _attend[(len(work.chunks), kv_heads)](
-            half_TX, keys, values, y_TX, y_TX, prior, logs, work.chunks, index.tables, heads,
-            kv_heads, window, 0, scale, dim, dims, tile.rows, tile.slots, False,
-            bool(work.prefixes), num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
-    if work.fine is not None and work.merged is not None:
-        tile = tiles.of(dim, fine=True)
-        partials = q_TX.new_empty(work.parts, kv_heads, work.rows, dim + 2)
-        _attend[(work.parts, kv_heads)](
-            q_TX, keys, values, y_TX, partials, q_TX, q_TX, work.fine, index.tables, heads,
-            kv_heads, window, work.rows, scale, dim, dims, 16 if work.rows <= 16 else tile.rows,
-            tile.slots, True, False, num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
-        _merge[(len(work.merged), kv_heads)](
-            partials, y_TX, work.merged, heads, kv_heads, work.rows, dim, dims, parts_merged(dim)
-        )
+        _attend_chunks(q_TX, y_TX, index, pages, window, work, tiles)
+    if work.fine is not None:
+        attend_finely(q_TX, index, pages, window, work, tiles).merge(y_TX)
     return y_TX
+
+
+def _scale(dim: int) -> float:
+    """Of scores, whose powers are of two."""
+    return float(_LOG2_E.value * dim**-0.5)
+
+
+def _attend_chunks(
+    q_TX: Tensor,
+    y_TX: Tensor,
+    index: BatchIndex,
+    pages: LayerPages,
+    window: int,
+    work: Work,
+    tiles: Tiles,
+) -> None:
+    """The rows of a batch's chunks, into `y`."""
+    assert work.chunks is not None
+    dim, kv_heads = pages.head_dim, pages.kv_heads
+    tile, count = tiles.of(dim, fine=False), q_TX.numel()
+    half_TX = torch.empty_like(q_TX, dtype=torch.float16)
+    _round_queries[(triton.cdiv(count, 4096),)](q_TX, half_TX, _scale(dim), count, 4096)
+    prior, logs = half_TX, y_TX
+    if work.prefixes:
+        prior, logs = attend_prefixes(half_TX, index, pages, work.prefixes)
+    _attend[len(work.chunks), kv_heads](
+        half_TX, pages.k_PGDS, pages.v_PGSD, y_TX, y_TX, prior, logs, work.chunks, index.tables,
+        q_TX.shape[1] // dim, kv_heads, window, 0, _scale(dim), dim,
+        max(16, triton.next_power_of_2(dim)), tile.rows, tile.slots, False, bool(work.prefixes),
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
+def attend_finely(
+    q_TX: Tensor, index: BatchIndex, pages: LayerPages, window: int, work: Work, tiles: Tiles
+) -> Parts:
+    """The few rows of a batch's other segments, in parts."""
+    assert work.fine is not None and work.merged is not None
+    dim, kv_heads = pages.head_dim, pages.kv_heads
+    heads, tile = q_TX.shape[1] // dim, tiles.of(dim, fine=True)
+    partials = q_TX.new_empty(work.parts, kv_heads, work.rows, dim + 2)
+    _attend[work.parts, kv_heads](
+        q_TX, pages.k_PGDS, pages.v_PGSD, q_TX, partials, q_TX, q_TX, work.fine, index.tables,
+        heads, kv_heads, window, work.rows, _scale(dim), dim,
+        max(16, triton.next_power_of_2(dim)), 16 if work.rows <= 16 else tile.rows, tile.slots,
+        True, False, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return Parts(partials, work.merged, heads, kv_heads, dim)

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 
 from sharding.kernels.planes import BLOCK, RUN, TILE
-from sharding.kernels.triton_matmul import _byte, _integers, _largest, _power, _unit
+from sharding.kernels.triton_digits import _power
+from sharding.kernels.triton_matmul import _byte, _integers, _largest, _unit
 
 _RUN = tl.constexpr(RUN)
 _BLOCK = tl.constexpr(BLOCK)

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from sharding.kernels.planes import BLOCK, FLOAT_COLUMNS, RUN, TILE
+from sharding.kernels.triton_digits import _power
 
 _RUN = tl.constexpr(RUN)
 _BLOCK = tl.constexpr(BLOCK)
@@ -149,16 +150,6 @@ def _byte(word, at, SIGNED: tl.constexpr):
 
 
 @triton.jit
-def _power(largest, bits: tl.constexpr):
-    """The power of two that brings a positive number to [2^(bits - 1), 2^bits), and its inverse,
-    both within the normal range."""
-    exponent = largest.to(tl.int32, bitcast=True) >> 23
-    raised = tl.minimum(tl.maximum(253 + bits - exponent, 1), 253)
-    up = (raised << 23).to(tl.float32, bitcast=True)
-    return up, ((254 - raised) << 23).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def _largest(x, cols, COLUMNS: tl.constexpr):
     """Of a row's absolute values, a NaN left aside."""
     largest = tl.zeros([COLUMNS], tl.float32)
@@ -166,42 +157,6 @@ def _largest(x, cols, COLUMNS: tl.constexpr):
         column = first + tl.arange(0, COLUMNS)
         largest = tl.maximum(largest, tl.abs(tl.load(x + column, mask=column < cols, other=0.0)))
     return tl.max(largest, axis=0)
-
-
-@triton.jit
-def _digits(
-    x, digits, factors, tokens, cols, blocks, N: tl.constexpr, BLOCKS: tl.constexpr
-):  # fmt: skip
-    """Activations of some blocks of a token in fixed point, as three digits to the base 256.
-
-    Of token t, digits in column 4 t + j times `factors[block, 4 t + j]` are, together, its
-    activations: integers of 22 bits and a sign times the block's power of two. `digits` are group
-    by group as a tensor core takes them. What is not finite makes its block's factors NaN. Columns
-    of no token are zeros."""
-    t = tl.program_id(0)
-    block_B = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
-    column_BI = block_B[:, None] * _BLOCK + tl.arange(0, _BLOCK)[None, :]
-    mask_BI = (column_BI < cols) & (t < tokens)
-    value_BI = tl.load(x + t.to(tl.int64) * cols + column_BI, mask=mask_BI, other=0.0)
-    finite_BI = tl.abs(value_BI) < float("inf")
-    value_BI = tl.where(finite_BI, value_BI, 0.0)
-    up_B, down_B = _power(tl.max(tl.abs(value_BI), axis=1), 22)
-    down_B = tl.where(tl.min(finite_BI.to(tl.int32), axis=1) == 1, down_B, float("nan"))
-    whole_BI = tl.floor(value_BI * up_B[:, None] + 0.5).to(tl.int32)
-    there_B = block_B < blocks
-    eights: tl.constexpr = 2 if N > 8 else 1
-    i_BI = column_BI % _RUN
-    at_BI = column_BI // _RUN * (_RUN * N) + i_BI // 16 * 4 + i_BI % 4
-    for j in tl.static_range(4):
-        # The lowest first, each from -128 to 127; after three nothing is left.
-        digit_BI = ((whole_BI + 128) & 255) - 128
-        whole_BI = (whole_BI - digit_BI) >> 8
-        n = t * 4 + j
-        lane_BI = n // 8 // eights * 32 + n % 8 * 4 + i_BI % 16 // 4
-        to = digits + at_BI + (lane_BI * eights + n // 8 % eights) * 8
-        tl.store(to, digit_BI.to(tl.int8), mask=there_B[:, None])
-        factor_B = down_B * (1 << (8 * j)) if j < 3 else down_B * 0.0
-        tl.store(factors + block_B * N + n, factor_B, mask=there_B)
 
 
 @triton.jit

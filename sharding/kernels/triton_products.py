@@ -12,8 +12,8 @@ Two ways, by the number of tokens; docs/numerics.md bounds both:
 
 Float weights of few tokens meet activations that are two FP16 numbers each.
 
-Not here: the kernels (`triton_matmul.py`, `triton_gemm.py`), layout (`planes.py`), packing
-(`triton_weights.py`).
+Not here: the kernels (`triton_digits.py`, `triton_matmul.py`, `triton_gemm.py`), layout
+(`planes.py`), packing (`triton_weights.py`).
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ import torch
 import triton
 from torch import Tensor
 
-from sharding.kernels import triton_gemm, triton_matmul
+from sharding.kernels import triton_digits, triton_gemm, triton_matmul
 from sharding.kernels.planes import BLOCK, FLOAT_COLUMNS, Planes
+from sharding.kernels.triton_digits import Digits
 from sharding.kernels.triton_weights import IQ4_CODES, Part, PlanesWeight
 
 FEW_TOKENS = 16
@@ -51,7 +52,8 @@ MOST_TILES = 1 << 16
 @dataclass(frozen=True)
 class Tiles:
     """Rows of one program, powers of two: in `_few`, `_few_floats` and `_spread`; columns in
-    `_halves`, `_halve` and `_finish`; blocks in `_digits`."""
+    `_halves`, `_halve` and `_finish`; blocks in the kernels of
+    `triton_digits.py`."""
 
     rows: int = 16
     float_rows: int = 32
@@ -80,7 +82,7 @@ class Products:
         if tokens > FEW_TOKENS:
             self._gemm(x_TI, weight, residual_TO, y_TO)
         elif tokens > 0:
-            self._few(x_TI, weight, residual_TO, y_TO)
+            self._few_tokens(x_TI, weight, residual_TO, y_TO)
         return y_TO
 
     def rows(self, weight: PlanesWeight, ids_T: Tensor) -> Tensor:
@@ -90,48 +92,66 @@ class Products:
             self._expand(part, out_TI, part.first, 1.0, ids_T)
         return out_TI
 
-    def _few(
+    def of_digits(
+        self, digits: Digits, weight: PlanesWeight, residual_TO: Tensor | None = None
+    ) -> Tensor:
+        """`matmul` of few activations that are digits already, with a quantised weight."""
+        y_TO = digits.factors.new_empty(digits.tokens, weight.rows)
+        for part in weight.parts:
+            self._few(digits, part, residual_TO, y_TO)
+        return y_TO
+
+    def digits(self, x_TI: Tensor) -> Digits:
+        """Of few tokens: what a product makes of them first."""
+        return triton_digits.of_rows(x_TI, self._tiles.blocks)
+
+    def normed_digits(self, x_TI: Tensor, norm_I: Tensor, eps: float) -> Digits:
+        """Of `rms_norm(x)`."""
+        return triton_digits.of_norm(x_TI, norm_I, eps, self._tiles.blocks)
+
+    def gated_digits(self, gate_up_T2F: Tensor) -> Digits:
+        """Of `gated_silu(gate_up)`."""
+        return triton_digits.of_gate(gate_up_T2F, self._tiles.blocks)
+
+    def _few_tokens(
         self, x_TI: Tensor, weight: PlanesWeight, residual_TO: Tensor | None, y_TO: Tensor
     ) -> None:
-        tokens = len(x_TI)
-        room = _room(tokens)
-        digits: dict[int, tuple[Tensor, Tensor]] = {}
+        digits: Digits | None = None
         for part in weight.parts:
-            planes, grid = part.planes, self._cut(part)
-            columns = y_TO.shape[1]
-            y, partials = y_TO[:, part.first :], x_TI.new_empty(grid[1], tokens, part.rows)
-            residual = y if residual_TO is None else residual_TO[:, part.first :]
-            if planes.quantised:
-                blocks = part.cols // BLOCK
-                if blocks not in digits:
-                    digits[blocks] = self.digits(x_TI, blocks)
-                triton_matmul._few[grid](
-                    *digits[blocks], y, residual, partials, self._counters, *part.tensors,
-                    self._codes, part.rows, blocks, columns, tokens, grid[1], 4 * room,
-                    self._tiles.rows, room <= AHEAD_TOKENS, residual_TO is not None,
-                    *constants(part.planes), num_warps=1, num_stages=1,
-                )  # fmt: skip
+            if part.planes.quantised:
+                digits = digits or self.digits(x_TI)
+                self._few(digits, part, residual_TO, y_TO)
             else:
-                exact = planes.kind == "f16"
-                halves, factor_T = self._halves(x_TI, 4 * max(2, room // 2), part.cols)
-                triton_matmul._few_floats[grid](
-                    halves, factor_T, y, residual, partials, self._counters, part.low, part.rows,
-                    part.cols // FLOAT_COLUMNS, columns, tokens, grid[1],
-                    1.0 if exact else part.headroom, halves.shape[1], self._tiles.float_rows,
-                    residual_TO is not None, exact, num_warps=2,
-                )  # fmt: skip
+                self._few_floats(x_TI, part, residual_TO, y_TO)
 
-    def digits(self, x_TI: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
-        """Digits of few tokens, four to a word, and factors: what a product makes of `x` first."""
-        tokens, cols = x_TI.shape
-        width = 4 * _room(tokens)
-        digits = torch.empty(blocks * BLOCK, width, dtype=torch.int8, device=x_TI.device)
-        factors = x_TI.new_empty(blocks, width)
-        at_once = self._tiles.blocks
-        triton_matmul._digits[(width // 4, triton.cdiv(blocks, at_once))](
-            x_TI, digits, factors, tokens, cols, blocks, width, at_once
-        )
-        return digits.view(torch.int32), factors
+    def _few(self, digits: Digits, part: Part, residual_TO: Tensor | None, y_TO: Tensor) -> None:
+        tokens, blocks = digits.tokens, part.cols // BLOCK
+        assert blocks == digits.blocks, (blocks, digits.blocks)
+        grid, y = self._cut(part), y_TO[:, part.first :]
+        partials = y_TO.new_empty(grid[1], tokens, part.rows)
+        residual = y if residual_TO is None else residual_TO[:, part.first :]
+        triton_matmul._few[grid](
+            digits.words, digits.factors, y, residual, partials, self._counters, *part.tensors,
+            self._codes, part.rows, blocks, y_TO.shape[1], tokens, grid[1], digits.width,
+            self._tiles.rows, digits.width <= 4 * AHEAD_TOKENS, residual_TO is not None,
+            *constants(part.planes), num_warps=1, num_stages=1,
+        )  # fmt: skip
+
+    def _few_floats(
+        self, x_TI: Tensor, part: Part, residual_TO: Tensor | None, y_TO: Tensor
+    ) -> None:
+        tokens, exact = len(x_TI), part.planes.kind == "f16"
+        grid, y = self._cut(part), y_TO[:, part.first :]
+        partials = y_TO.new_empty(grid[1], tokens, part.rows)
+        residual = y if residual_TO is None else residual_TO[:, part.first :]
+        width = 4 * max(2, triton_digits.room(tokens) // 2)
+        halves, factor_T = self._halves(x_TI, width, part.cols)
+        triton_matmul._few_floats[grid](
+            halves, factor_T, y, residual, partials, self._counters, part.low, part.rows,
+            part.cols // FLOAT_COLUMNS, y_TO.shape[1], tokens, grid[1],
+            1.0 if exact else part.headroom, width, self._tiles.float_rows,
+            residual_TO is not None, exact, num_warps=2,
+        )  # fmt: skip
 
     def _halves(self, x_TI: Tensor, width: int, padded: int) -> tuple[Tensor, Tensor]:
         """Two FP16 numbers for each activation, and what undoes their scale."""
@@ -230,11 +250,6 @@ def _half_gemm(x_TI: Tensor, w_OI: Tensor) -> Tensor:
     if x_TI.is_cuda:
         return torch.mm(x_TI, w_OI.t(), out_dtype=torch.float32)
     return torch.mm(x_TI.float(), w_OI.float().t())
-
-
-def _room(tokens: int) -> int:
-    """Tokens that a product of few is computed for: at least a matrix instruction's columns."""
-    return max(2, int(triton.next_power_of_2(tokens)))
 
 
 def _columns_at_once(cols: int, most: int) -> int:

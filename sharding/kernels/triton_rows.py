@@ -21,14 +21,22 @@ DRAW_BLOCK = 4096
 
 
 @triton.jit
+def _inverse_rms(row, stop, width, eps, WIDTH: tl.constexpr):
+    """`1 / sqrt(mean(x^2) + eps)` of a row whose numbers from `stop` on are zeros."""
+    column = tl.arange(0, WIDTH)
+    x_I = tl.load(row + column, mask=column < stop, other=0.0)
+    mean = tl.div_rn(tl.sum(x_I * x_I, axis=0), tl.cast(width, tl.float32))
+    return tl.div_rn(1.0, tl.sqrt_rn(mean + eps))
+
+
+@triton.jit
 def _rms_norm(x, scale, y, width, eps, WIDTH: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * width
+    inverse = _inverse_rms(x + row, width, width, eps, WIDTH)
     column = tl.arange(0, WIDTH)
     inside = column < width
-    x_I = tl.load(x + row + column, mask=inside, other=0.0)
-    mean = tl.div_rn(tl.sum(x_I * x_I, axis=0), tl.cast(width, tl.float32))
-    inverse = tl.div_rn(1.0, tl.sqrt_rn(mean + eps))
-    y_I = x_I * inverse * tl.load(scale + column, mask=inside, other=0.0)
+    y_I = tl.load(x + row + column, mask=inside, other=0.0) * inverse
+    y_I *= tl.load(scale + column, mask=inside, other=0.0)
     tl.store(y + row + column, y_I, mask=inside)
 
 
@@ -43,13 +51,19 @@ def rms_norm(x_TI: Tensor, scale_I: Tensor, eps: float) -> Tensor:
 
 
 @triton.jit
+def _gate(gate, up):
+    """`silu(gate) * up`."""
+    return tl.div_rn(gate, 1.0 + tl.exp(-gate)) * up
+
+
+@triton.jit
 def _gated_silu(gate_up, y, width, WIDTH: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = column < width
     gate = tl.load(gate_up + row * 2 * width + column, mask=inside, other=0.0)
     up = tl.load(gate_up + row * 2 * width + width + column, mask=inside, other=0.0)
-    tl.store(y + row * width + column, tl.div_rn(gate, 1.0 + tl.exp(-gate)) * up, mask=inside)
+    tl.store(y + row * width + column, _gate(gate, up), mask=inside)
 
 
 def gated_silu(gate_up_T2F: Tensor) -> Tensor:

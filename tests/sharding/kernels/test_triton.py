@@ -298,7 +298,7 @@ def test_attention_over_a_prefix_that_a_library_does(heads: Heads) -> None:
     pages = random_pages(heads, length)
     index = index_of(heads, [(0, 512, 140), (0, 600, 300), (0, 0, 50), (0, length - 1, 1)], length)
     q_TX = normal(491, heads.heads * heads.dim) * 2
-    tiles = replace(KERNELS._tiles, library=library)
+    tiles = replace(KERNELS.tiles, library=library)
     way = Way(heads.heads // heads.kv_heads, heads.kv_heads, 0, heads.dim)
     work = plan_work(index.to(DEVICE), way, tiles)
     found = [(prefix.first, prefix.stop, prefix.slots) for prefix in work.prefixes]
