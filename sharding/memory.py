@@ -1,38 +1,98 @@
-"""How much memory this machine can still give, as the planner's input. Linux only; asks no
-library."""
+"""How much memory this process can still get, as the planner's input. Linux only; no library."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
-_CGROUP = Path("/sys/fs/cgroup")
+_PROC = Path("/proc")
 
 
-def available_bytes() -> int:
-    """Bytes to be had without swapping: the kernel's estimate, or a container's limit."""
-    limits = [_meminfo()]
-    if (room := _cgroup_room()) is not None:
-        limits.append(room)
-    return min(limits)
+def available_bytes(proc: Path = _PROC) -> int:
+    """Bytes to be had without swapping: the least of what the kernel estimates, the control groups
+    around this process allow and its own limit on addresses leaves."""
+    return max(0, min([_meminfo(proc), *_group_rooms(proc), *_address_room(proc)]))
 
 
-def _meminfo() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
+def _meminfo(proc: Path) -> int:
+    for line in (proc / "meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     raise OSError("/proc/meminfo has no MemAvailable")
 
 
-def _cgroup_room() -> int | None:
-    """What the container's limit leaves (cgroup 2); page cache counts as free."""
+def _address_room(proc: Path) -> Iterator[int]:
+    """What `ulimit -v` leaves."""
+    for line in _lines(proc / "self" / "limits"):
+        if line.startswith("Max address space"):
+            soft = line.split()[3]
+            for status in _lines(proc / "self" / "status"):
+                if soft != "unlimited" and status.startswith("VmSize:"):
+                    yield int(soft) - int(status.split()[1]) * 1024
+
+
+def _group_rooms(proc: Path) -> Iterator[int]:
+    """What each limit leaves, from this process's own group to the outermost that is seen here;
+    page cache counts as free."""
+    for mount, group, version in _groups(proc):
+        names = _FILES[version]
+        while True:
+            if (room := _room(mount / group, *names)) is not None:
+                yield room
+            if group == Path():
+                break
+            group = group.parent
+
+
+_FILES = {
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    2: ("memory.max", "memory.current", "inactive_file"),
+}
+"""By version of control groups: limit, use, and the statistic of files that can be dropped."""
+
+
+def _room(group: Path, limit_name: str, used_name: str, cached_name: str) -> int | None:
+    """None where a group has no limit, or memory is not its controller's."""
     try:
-        limit = (_CGROUP / "memory.max").read_text().strip()
-        used = int((_CGROUP / "memory.current").read_text())
-        cached = [
-            int(line.split()[1])
-            for line in (_CGROUP / "memory.stat").read_text().splitlines()
-            if line.startswith("inactive_file ")
-        ]
+        limit = (group / limit_name).read_text().strip()
+        used = int((group / used_name).read_text())
+        statistics = dict(line.split() for line in _lines(group / "memory.stat"))
+        return None if limit == "max" else int(limit) - used + int(statistics.get(cached_name, 0))
     except (OSError, ValueError):
         return None
-    return None if limit == "max" else max(0, int(limit) - used + sum(cached))
+
+
+def _groups(proc: Path) -> Iterator[tuple[Path, Path, int]]:
+    """Where a hierarchy that may limit memory is mounted, this process's group below it, and the
+    version. Formats: proc_pid_mountinfo(5), cgroups(7)."""
+    groups: dict[int, str] = {}
+    for line in _lines(proc / "self" / "cgroup"):
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            groups[2] = path
+        elif "memory" in controllers.split(","):
+            groups[1] = path
+    for line in _lines(proc / "self" / "mountinfo"):
+        before, _, after = line.partition(" - ")
+        root, mount = before.split()[3:5]
+        kind, _, options = after.split(maxsplit=2)
+        memory = kind == "cgroup" and "memory" in options.split(",")
+        version = 2 if kind == "cgroup2" else 1 if memory else 0
+        if version in groups:
+            yield Path(mount), _below(groups[version], root), version
+
+
+def _below(path: str, root: str) -> Path:
+    """A group as seen under a mount whose root is another; the mount itself where it is not below:
+    a container sees its own group there."""
+    group, top = Path(path.lstrip("/")), Path(root.lstrip("/"))
+    if ".." in group.parts or not group.is_relative_to(top):
+        return Path()
+    return group.relative_to(top)
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text().splitlines()
+    except OSError:
+        return []
