@@ -27,11 +27,12 @@ from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
+from tokenizers import AddedToken, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Engine
 from tokenizers.models import BPE
 
 from sharding.errors import CorruptFileError, RequestError, UnsupportedModelError
+from sharding.gguf.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer, regex_of
 
 Metadata = Mapping[str, Any]
 
@@ -51,42 +52,6 @@ _END_NAMES = (
 )
 # fmt: on
 
-
-@dataclass(frozen=True)
-class _PreTokenizer:
-    """How a byte-level vocabulary cuts text before merging. Each regex cuts the pieces that the
-    one before it left. `whole_words`: a piece that is a token is taken without merging."""
-
-    regexes: tuple[str, ...]
-    whole_words: bool = False
-    add_bos: bool = False
-
-
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-
-# The contractions are spelled out: a case-insensitive group would also take U+017F for an s.
-_LLAMA3 = (
-    r"'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]"
-    r"|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-# Letters, digits and punctuation that came with Unicode 16: the regex library knows them, llama.cpp
-# (Unicode 15) does not, and takes them for symbols.
-_NEWER = (
-    r"\x{1B4E}\x{1B4F}\x{1B7F}\x{1C89}\x{1C8A}\x{A7CB}-\x{A7CD}\x{A7DA}-\x{A7DC}"
-    r"\x{105C0}-\x{105F3}\x{10D40}-\x{10D85}\x{10EC2}-\x{10EC4}\x{11380}-\x{113D8}"
-    r"\x{116D0}-\x{116E3}\x{11BC0}-\x{11BF9}\x{13460}-\x{143FA}\x{16100}-\x{16139}"
-    r"\x{16D40}-\x{16D79}\x{18CFF}\x{1CCF0}-\x{1CCF9}\x{1E5D0}-\x{1E5FF}"
-)
-
-_PRE_TOKENIZERS = {
-    "default": _PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
-    "gpt-2": _PreTokenizer((_GPT2,)),
-    "llama-bpe": _PreTokenizer((_LLAMA3 % r"\p{N}{1,3}",), whole_words=True, add_bos=True),
-    "qwen2": _PreTokenizer((_LLAMA3 % r"\p{N}",)),
-    "smollm": _PreTokenizer((r"\p{N}", _GPT2)),
-}
-_PRE_TOKENIZERS |= dict.fromkeys(("llama3", "llama-v3"), _PRE_TOKENIZERS["llama-bpe"])
 
 # The letter of each byte in a byte-level vocabulary (GPT-2's encoder): printable Latin-1 stands for
 # itself, U+0100 and on for the other bytes in turn.
@@ -129,8 +94,8 @@ class Tokenizer:
         if _choice(metadata, "tokenizer.ggml.model", None, ("gpt2", "llama")) == "llama":
             vocab = _read_vocab(metadata, None)
             return cls(metadata, vocab, _spm_model(metadata, vocab))
-        pre = _choice(metadata, "tokenizer.ggml.pre", "default", _PRE_TOKENIZERS)
-        vocab = _read_vocab(metadata, _PRE_TOKENIZERS[pre])
+        pre = _choice(metadata, "tokenizer.ggml.pre", "default", PRE_TOKENIZERS)
+        vocab = _read_vocab(metadata, PRE_TOKENIZERS[pre])
         return cls(metadata, vocab, _bpe_model(metadata, vocab))
 
     def token_text(self, token_id: int) -> str:
@@ -220,13 +185,13 @@ class _Vocab:
     tokens: list[str]
     ids: dict[str, int]
     kinds: list[int]
-    pre: _PreTokenizer | None
+    pre: PreTokenizer | None
     add_space_prefix: bool
     begin: tuple[int, ...]
     end: tuple[int, ...]
 
 
-def _read_vocab(metadata: Metadata, pre: _PreTokenizer | None) -> _Vocab:
+def _read_vocab(metadata: Metadata, pre: PreTokenizer | None) -> _Vocab:
     tokens = _strings(metadata, "tokenizer.ggml.tokens")
     ids = _distinct(tokens)
     kinds = [_NORMAL] * len(tokens)
@@ -264,13 +229,6 @@ def _stop_ids(metadata: Metadata, ids: Mapping[str, int]) -> tuple[int, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def _regex(pattern: str) -> Regex:
-    """A pattern with its Unicode classes cut down to what llama.cpp knows."""
-    for name in (r"\p{L}", r"\p{N}", r"\p{P}"):
-        pattern = pattern.replace(name, f"[{name}&&[^{_NEWER}]]")
-    return Regex(pattern)
-
-
 def _engine(vocab: _Vocab, model: BPE, kinds: tuple[int, ...]) -> Engine:
     """The library's tokenizer over `model` (shared, not copied), which finds tokens of these
     `kinds` in the raw text before anything else looks at it."""
@@ -280,7 +238,9 @@ def _engine(vocab: _Vocab, model: BPE, kinds: tuple[int, ...]) -> Engine:
         prefix = [normalizers.Prepend(_SPACE)] if vocab.add_space_prefix else []
         engine.normalizer = normalizers.Sequence([*prefix, escape])
     else:
-        cuts = [pre_tokenizers.Split(_regex(pattern), "isolated") for pattern in vocab.pre.regexes]
+        cuts = [
+            pre_tokenizers.Split(regex_of(pattern), "isolated") for pattern in vocab.pre.regexes
+        ]
         letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         engine.pre_tokenizer = pre_tokenizers.Sequence([*cuts, letters])
     found = (t for t, kind in zip(vocab.tokens, vocab.kinds, strict=True) if kind in kinds)

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.pre_tokenizers import ByteLevel, Split
 
 from sharding.errors import CorruptFileError, RequestError, UnsupportedModelError
+from sharding.gguf.pre_tokenizers import PRE_TOKENIZERS, regex_of
 from sharding.gguf.tokenizer import Tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
-PRES = ("smollm", "llama-bpe", "qwen2", "gpt-2", "default")
+PRES = ("smollm", "llama-bpe", "qwen2", "gpt-2", "default", "tekken")
 SPECIALS = {
     "<s>": CONTROL,
     "<|im_end|>": CONTROL,
@@ -114,6 +115,7 @@ def test_merges_go_by_rank() -> None:
         ("llama-bpe", ["123", "1"]),
         ("llama3", ["123", "1"]),
         ("gpt-2", ["123", "1"]),
+        ("tekken", ["1", "2", "3", "1"]),
         (None, ["123", "1"]),
     ],
 )
@@ -124,6 +126,24 @@ def test_digits_are_cut_as_the_pre_tokenizer_says(pre: str | None, pieces: list[
 @pytest.mark.parametrize(("pre", "pieces"), [("llama-bpe", ["'M"]), ("gpt-2", ["'", "M"])])
 def test_upper_case_contractions_are_whole_in_llama3_only(pre: str, pieces: list[str]) -> None:
     assert texts(Tokenizer.from_metadata(bpe(pre=pre)), "I'M") == ["I", *pieces]
+
+
+@pytest.mark.parametrize(
+    ("text", "pieces"),
+    [
+        ("getURLFor", ["get", "URLFor"]),
+        ("don'T stop", ["don", "'T", " stop"]),
+        ("\u00c0B\u00e9C", ["\u00c0B\u00e9", "C"]),
+        ("e\u0301t", ["e\u0301t"]),  # a mark belongs to its letter
+        ("a //\n\nb", ["a", " //\n\n", "b"]),
+        ("\u6f22A\u5b57", ["\u6f22A\u5b57"]),
+    ],
+)
+def test_tekken_cuts_before_capitals(text: str, pieces: list[str]) -> None:
+    """Mistral's tokenizer since NeMo: what llama.cpp approximates is taken exactly."""
+    (regex,) = PRE_TOKENIZERS["tekken"].regexes
+    cut = Split(regex_of(regex), "isolated").pre_tokenize_str(text)
+    assert [piece for piece, _ in cut] == pieces
 
 
 def test_llama3_takes_whole_words_without_merging() -> None:
@@ -350,7 +370,7 @@ def test_ids_outside_the_vocabulary_are_refused(token_id: int) -> None:
     ("keys", "told"),
     [
         ({"model": "bert"}, r"model 'bert' is not supported; supported: gpt2, llama"),
-        ({"pre": "tekken"}, r"pre 'tekken' .*: default, gpt-2, .*llama-bpe, .*qwen2, smollm"),
+        ({"pre": "viking"}, r"pre 'viking' .*: default, .*llama-bpe, .*qwen2, smollm, tekken"),
     ],
 )
 def test_an_unknown_tokenizer_is_named_with_those_that_work(
