@@ -22,6 +22,7 @@ from sharding.gguf.reader import GGUFFile, TensorInfo
 from sharding.kernels import cpu_kernels
 from sharding.kernels.planes import planes_resident
 from sharding.model.arch import read_shape
+from sharding.model.tensors import check_tensors
 from sharding.planner import Device, Plan, largest_context, make_plan
 
 CONTEXTS_HELD = 8
@@ -76,6 +77,7 @@ def plan_model(file: GGUFFile, devices: Sequence[Device], wanted: Wanted) -> Mod
     would, `ModelFileError`.
     """
     shape = read_shape(file.metadata)
+    check_tensors(file, shape)
     kernels = cpu_kernels() if wanted.kernels == "auto" else wanted.kernels
     chunk = wanted.chunk or CHUNKS[kernels]
     on_gpu = kernels == "triton"

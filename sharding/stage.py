@@ -25,14 +25,8 @@ from sharding.model.block import load_block
 from sharding.model.kv_cache import PageStore
 from sharding.model.rope import frequencies
 from sharding.model.sampling import History, takes_likeliest
-from sharding.model.weights import (
-    EMBEDDING,
-    OUTPUT_NORM,
-    ROPE_FACTORS,
-    check_tensors,
-    load_head,
-    load_vector,
-)
+from sharding.model.tensors import EMBEDDING, OUTPUT_NORM, ROPE_FACTORS, check_tensors
+from sharding.model.weights import load_head, load_vector
 from sharding.stage_spec import StageSpec
 
 
@@ -100,7 +94,7 @@ class Stage:
     ) -> Iterator[BlockWeights]:
         for layer in range(self.spec.start, self.spec.stop):
             report((layer - self.spec.start) / (self.spec.stop - self.spec.start))
-            yield load_block(file, layer, self.shape.norm_eps, self.kernels)
+            yield load_block(file, layer, self.shape, self.kernels)
 
     @property
     def is_first(self) -> bool:

@@ -33,7 +33,8 @@ FAMILIES = {family.name: family for family in (Family("llama", rope_pairs="adjac
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a decoder. `rope_dims` of each head rotate; `train_context` is advisory."""
+    """Sizes of a decoder. `rope_dims` of each head rotate; `train_context` is advisory; a token
+    sees `window` tokens, its own the last of them, or all if that is 0."""
 
     family: Family
     name: str
@@ -49,6 +50,7 @@ class ModelShape:
     rope_base: float
     rope_scale: float
     rope_dims: int
+    window: int = 0
 
     @property
     def q_features(self) -> int:
@@ -63,6 +65,23 @@ class ModelShape:
 
 # Bounds that no published model comes near; beyond them a file is hostile or broken.
 _MOST = {"block_count": 4096, "head_count": 4096, "embedding_length": 1 << 20}
+
+
+_NEUTRAL: dict[str, tuple[object, ...]] = {
+    "attention.causal": (True,),
+    "attention.clamp_kqv": (0,),
+    "attention.max_alibi_bias": (0,),
+    "attn_logit_softcapping": (0,),
+    "embedding_scale": (0, 1),
+    "final_logit_softcapping": (0,),
+    "logit_scale": (0, 1),
+    "residual_scale": (0, 1),
+    "rope.scaling.attn_factor": (1,),
+    "use_parallel_residual": (False,),
+}
+"""Keys of arithmetic that is not done here, and the values that ask for none of it."""
+
+_RELATIVE = 1e-6  # between two ways to write a float32
 
 
 class _Reader:
@@ -116,6 +135,7 @@ def read_shape(metadata: Metadata) -> ModelShape:
     head_dim = read.whole("attention.key_length", hidden // heads)
     if read.whole("attention.value_length", head_dim) != head_dim:
         raise UnsupportedModelError("keys and values of different head sizes are not supported")
+    _check_neutral(metadata, family, head_dim)
     rope_dims = read.whole("rope.dimension_count", head_dim)
     if rope_dims > head_dim or rope_dims % 2:
         raise CorruptFileError(f"{rope_dims} rotary dimensions do not fit a head of {head_dim}")
@@ -134,7 +154,24 @@ def read_shape(metadata: Metadata) -> ModelShape:
         rope_base=read.real("rope.freq_base", 10000.0),
         rope_scale=_rope_scale(metadata, read),
         rope_dims=rope_dims,
+        window=read.whole("attention.sliding_window", 0, least=0),
     )
+
+
+def _check_neutral(metadata: Metadata, family: Family, head_dim: int) -> None:
+    """Raises `UnsupportedModelError` for a key that would change what is computed."""
+    usual = {"attention.scale": (0, head_dim**-0.5)}
+    for key, neutral in (_NEUTRAL | usual).items():
+        name = f"{family.name}.{key}"
+        value = metadata.get(name, neutral[0])
+        if not any(_equal(value, one) for one in neutral):
+            raise UnsupportedModelError(f"{name} of {value!r:.60} is not supported")
+
+
+def _equal(value: object, other: object) -> bool:
+    if isinstance(value, (int, float)) and isinstance(other, (int, float)):
+        return math.isclose(value, other, rel_tol=_RELATIVE)
+    return value == other
 
 
 def _family(metadata: Metadata) -> Family:
@@ -159,13 +196,16 @@ def _vocab(metadata: Metadata, read: _Reader) -> int:
 def _rope_scale(metadata: Metadata, read: _Reader) -> float:
     """Positions are divided by this; 1 where the file asks for no scaling.
 
-    A factor without a type is a linear one, and older files call it `rope.scale_linear`.
+    A factor without a type is a linear one, and older files call it `rope.scale_linear`. One of 0
+    stands for none.
     """
     kind = metadata.get(f"{read.prefix}.rope.scaling.type", "linear")
     if kind == "none":
         return 1.0
     if kind == "linear":
-        return read.real("rope.scaling.factor", read.real("rope.scale_linear", 1.0))
+        keys = ("rope.scaling.factor", "rope.scale_linear")
+        given = [key for key in keys if metadata.get(f"{read.prefix}.{key}", 0) != 0]
+        return read.real(given[0]) if given else 1.0
     raise UnsupportedModelError(
         f"rotary scaling of type {kind!r:.60} is not supported; supported: none, linear"
     )

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from sharding.gguf.reader import GGUFFile
 from sharding.kernels import BlockWeights, Kernels
+from sharding.model.arch import ModelShape
 from sharding.model.weights import load_vector
 
 
-def load_block(file: GGUFFile, layer: int, eps: float, kernels: Kernels) -> BlockWeights:
+def load_block(file: GGUFFile, layer: int, shape: ModelShape, kernels: Kernels) -> BlockWeights:
     """Load layer `layer`; `check_tensors` has passed."""
     blk = f"blk.{layer}."
     return BlockWeights(
@@ -20,5 +21,6 @@ def load_block(file: GGUFFile, layer: int, eps: float, kernels: Kernels) -> Bloc
         ffn_norm_I=load_vector(file, blk + "ffn_norm.weight").to(kernels.device),
         gate_up=kernels.pack(file, [blk + "ffn_gate.weight", blk + "ffn_up.weight"]),
         ffn_down=kernels.pack(file, [blk + "ffn_down.weight"]),
-        eps=eps,
+        window=shape.window,
+        eps=shape.norm_eps,
     )

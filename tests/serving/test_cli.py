@@ -74,6 +74,17 @@ def test_a_plan_for_gpus_reserves_what_their_chunks_need(model: Path) -> None:
     assert stage["activation_bytes"] == work["triton", 4096]
 
 
+def test_a_plan_refuses_a_model_that_could_not_be_served(tmp_path: Path) -> None:
+    """A tensor that nothing here computes with is found before a cluster is asked for."""
+    data = tiny_llama(layers=2).replace(b"blk.1.ffn_up.weight", b"blk.1.ffn_up.scales")
+    path = tmp_path / "odd.gguf"
+    path.write_bytes(data)
+    done = longspan("plan", path, "--context", 64, "--device", "1GiB", "--json")
+    assert done.returncode == 1
+    assert "tensor blk.1.ffn_up.weight is missing" in done.stderr
+    assert done.stdout == ""
+
+
 def test_planning_loads_neither_torch_nor_ray(model: Path) -> None:
     """`longspan plan` must answer at once."""
     code = (

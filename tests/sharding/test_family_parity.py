@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from sharding.gguf.reader import GGUFFile
 from tests.stages import chunked_logits, load_stages
@@ -38,7 +38,9 @@ def pairs_adjacent(weight: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, 
     return halves.swapaxes(1, 2).reshape(rows, cols)
 
 
-def to_gguf(model: LlamaForCausalLM, config: LlamaConfig) -> GGUFFile:
+def to_gguf(
+    model: LlamaForCausalLM | MistralForCausalLM, config: LlamaConfig | MistralConfig
+) -> GGUFFile:
     """The same weights under GGUF's names, in float32."""
     tensors: dict[str, Any] = {}
     for name, value in model.state_dict().items():
@@ -70,30 +72,45 @@ def to_gguf(model: LlamaForCausalLM, config: LlamaConfig) -> GGUFFile:
         "llama.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
         "llama.rope.freq_base": 10000.0,
         "llama.vocab_size": config.vocab_size,
+        "llama.attention.sliding_window": getattr(config, "sliding_window", 0),
     }
     return GGUFFile.from_bytes(write_gguf(metadata, tensors))
 
 
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_logits_equal_those_of_transformers(kv_heads: int) -> None:
-    config = LlamaConfig(
-        vocab_size=300,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=256,
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=False,
-    )
-    torch.manual_seed(kv_heads)
-    model = LlamaForCausalLM(config).float().eval()
+SIZES: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+
+
+def check_logits(model: LlamaForCausalLM | MistralForCausalLM, kernels: str = "cpu") -> None:
+    """The logits of 50 random tokens, in chunks over two stages."""
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.15)
     tokens = torch.randint(0, 300, (50,)).tolist()
     with torch.inference_mode():
         expected = model(torch.tensor([tokens])).logits[0]
-    found = chunked_logits(load_stages(to_gguf(model, config), 2), tokens, 16)
-    scale = expected.abs().max()
-    assert (found - expected).abs().max() / scale < TOLERANCE
+    file = to_gguf(model, model.config)
+    found = chunked_logits(load_stages(file, 2, kernels=kernels), tokens, 16)
+    assert (found - expected).abs().max() / expected.abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_logits_equal_those_of_transformers(kv_heads: int) -> None:
+    torch.manual_seed(kv_heads)
+    config = LlamaConfig(**SIZES, num_key_value_heads=kv_heads)
+    check_logits(LlamaForCausalLM(config).float().eval())
+
+
+@pytest.mark.parametrize("kernels", ["cpu", "reference"])
+def test_a_sliding_window_equals_that_of_transformers(kernels: str) -> None:
+    """The first Mistral 7B has one; in GGUF it is a llama."""
+    torch.manual_seed(7)
+    config = MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=20)
+    check_logits(MistralForCausalLM(config).float().eval(), kernels)

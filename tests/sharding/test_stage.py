@@ -213,6 +213,40 @@ def test_a_rotary_scale_is_not_overlooked(key: str) -> None:
     assert not torch.allclose(chunked_logits(load_stages(scaled, 1), tokens, 20), expected)
 
 
+@pytest.mark.parametrize("key", ["rope.scaling.factor", "rope.scale_linear"])
+def test_a_rotary_scale_of_0_is_none(key: str) -> None:
+    """Converters write it for a model without one."""
+    plain, unscaled = tiny(), tiny(extra_metadata={f"llama.{key}": 0.0})
+    tokens = tokens_for(200, 20)
+    expected = chunked_logits(load_stages(plain, 1), tokens, 20)
+    assert torch.equal(chunked_logits(load_stages(unscaled, 1), tokens, 20), expected)
+
+
+ELSEWHERE = [
+    ("attention.scale", 0.5, 16**-0.5),
+    ("attention.causal", False, True),
+    ("attn_logit_softcapping", 50.0, 0.0),
+    ("final_logit_softcapping", 30.0, 0.0),
+    ("logit_scale", 0.25, 1.0),
+    ("embedding_scale", 12.0, 1.0),
+    ("residual_scale", 0.2, 0.0),
+    ("rope.scaling.attn_factor", 1.2, 1.0),
+    ("attention.clamp_kqv", 8.0, 0.0),
+    ("use_parallel_residual", True, False),
+]
+
+
+@pytest.mark.parametrize(("key", "changes", "neutral"), ELSEWHERE)
+def test_a_key_that_would_change_every_answer_is_refused(
+    key: str, changes: object, neutral: object
+) -> None:
+    """Fine-tunes of other families are now and then converted as llama, their own keys kept."""
+    load_stages(tiny(extra_metadata={f"llama.{key}": neutral}), 1)
+    for value in (changes, "yes"):
+        with pytest.raises(UnsupportedModelError, match=f"llama.{key} of {value!r}"):
+            load_stages(tiny(extra_metadata={f"llama.{key}": value}), 1)
+
+
 @pytest.mark.parametrize("name", ["blk.3.ffn_up.weight", "output_norm.weight"])
 def test_a_missing_tensor_is_named(name: str) -> None:
     file = tiny()

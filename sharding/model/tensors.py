@@ -1,0 +1,78 @@
+"""A model's tensors by their GGUF names: which there are, and of what shape.
+
+Not here: loading them (`weights.py`). No torch, so that a plan can check a file at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sharding.errors import CorruptFileError, UnsupportedModelError
+from sharding.gguf.reader import GGUFFile
+from sharding.model.arch import ModelShape
+
+EMBEDDING = "token_embd.weight"
+OUTPUT_NORM = "output_norm.weight"
+OUTPUT = "output.weight"
+ROPE_FACTORS = "rope_freqs.weight"
+
+
+def _layer_tensors(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Names within a layer (after `blk.N.`) and shapes in GGUF order: columns first."""
+    hidden, ffn = shape.hidden, shape.ffn
+    return {
+        "attn_norm.weight": (hidden,),
+        "attn_q.weight": (hidden, shape.q_features),
+        "attn_k.weight": (hidden, shape.kv_features),
+        "attn_v.weight": (hidden, shape.kv_features),
+        "attn_output.weight": (shape.q_features, hidden),
+        "ffn_norm.weight": (hidden,),
+        "ffn_gate.weight": (hidden, ffn),
+        "ffn_up.weight": (hidden, ffn),
+        "ffn_down.weight": (ffn, hidden),
+    }
+
+
+def _expected(shape: ModelShape) -> Iterator[tuple[str, tuple[int, ...], bool]]:
+    """(name, shape, required) of every tensor that the model may have."""
+    yield EMBEDDING, (shape.hidden, shape.vocab), True
+    yield OUTPUT_NORM, (shape.hidden,), True
+    yield OUTPUT, (shape.hidden, shape.vocab), False
+    yield ROPE_FACTORS, (shape.rope_dims // 2,), False
+    inside = _layer_tensors(shape)
+    for layer in range(shape.layers):
+        for name, dims in inside.items():
+            yield f"blk.{layer}.{name}", dims, True
+
+
+def check_tensors(file: GGUFFile, shape: ModelShape) -> None:
+    """Prove that a file holds just the tensors that this model computes, in the right shapes and
+    formats.
+
+    Raises `CorruptFileError` for a missing tensor or a wrong shape, and `UnsupportedModelError` for
+    a format that is not computed or a tensor that would go unused: an answer without it would be
+    wrong.
+    """
+    known = set()
+    for name, dims, required in _expected(shape):
+        known.add(name)
+        info = file.tensors.get(name)
+        if info is None:
+            if required:
+                raise CorruptFileError(f"{file.paths[0]}: tensor {name} is missing")
+            continue
+        if info.shape != dims:
+            raise CorruptFileError(
+                f"{file.paths[0]}: tensor {name} is {list(info.shape)}, "
+                f"the metadata ask for {list(dims)}"
+            )
+        if not info.format.computed:
+            raise UnsupportedModelError(
+                f"{file.paths[0]}: tensor {name} has quantisation {info.format.name}, "
+                "which is not supported"
+            )
+    for name in file.tensors:
+        if name not in known:
+            raise UnsupportedModelError(
+                f"{file.paths[0]}: tensor {name} has no place in the {shape.family.name} family"
+            )
