@@ -176,7 +176,11 @@ class RayStages:
             asked = [self._actors[stage].progress.remote() for stage in stages]
             shares = _get(asked, "watching the stages load")
             report(sum(shares) / len(shares), f"loading {len(loads)} stages")
-        _get(loads, "loading")
+        try:
+            _get(loads, "loading")
+        except DoesNotFitError as error:
+            # It did when the nodes were asked. The next try plans with what is free then.
+            raise StageError(str(error)) from error
 
     def _join(self, epoch: int) -> ReadyPipeline:
         """All listen before any connects, so that nobody has to wait for a neighbour."""

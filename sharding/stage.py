@@ -9,6 +9,7 @@ here: Ray, sockets, the choice of what to compute next.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -16,7 +17,7 @@ import torch
 
 from sharding.batch import PAGE_SLOTS, Batch, Choice, Opened, Segment, SegmentResult
 from sharding.cost import LOGIT_ROWS
-from sharding.errors import StageError
+from sharding.errors import DoesNotFitError, StageError
 from sharding.gguf.reader import GGUFFile
 from sharding.kernels import BlockWeights, Kernels, Weight, load_kernels
 from sharding.model.arch import read_shape
@@ -54,13 +55,33 @@ class StageOutput:
     segments: list[SegmentResult] = field(default_factory=list)
 
 
+@contextmanager
+def _memory_to_fit(spec: StageSpec) -> Iterator[None]:
+    """Says what was being loaded when memory ended; who finds it full is not who filled it."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        said = str(error).split("\n")[0]
+        raise DoesNotFitError(
+            f"no memory left for layers [{spec.start}, {spec.stop}) with KV of "
+            f"{spec.pages * PAGE_SLOTS} tokens: {said}; lower the context, take more stages, or "
+            "end what else uses memory",
+            max_context=0,
+        ) from error
+
+
 class Stage:
     """One loaded stage. Not thread-safe: one batch at a time, in the order of the pipeline."""
 
     def __init__(
         self, spec: StageSpec, file: GGUFFile, report: Callable[[float], None] = lambda share: None
     ) -> None:
-        """Load the slice; `report` hears the share loaded, 0 to 1. Raises `ModelFileError`."""
+        """Load the slice; `report` hears the share loaded, 0 to 1. Raises `ModelFileError`, and
+        `DoesNotFitError` where memory that a plan counted on is gone."""
+        with _memory_to_fit(spec):
+            self._load(spec, file, report)
+
+    def _load(self, spec: StageSpec, file: GGUFFile, report: Callable[[float], None]) -> None:
         self.spec = spec
         self.shape = read_shape(file.metadata)
         check_tensors(file, self.shape)

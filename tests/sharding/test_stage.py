@@ -3,11 +3,13 @@ matter."""
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
 from sharding.batch import Batch, Opened, Segment
-from sharding.errors import CorruptFileError, StageError, UnsupportedModelError
+from sharding.errors import CorruptFileError, DoesNotFitError, StageError, UnsupportedModelError
 from sharding.gguf.reader import GGUFFile
 from sharding.kernels import use_threads
 from sharding.kernels.cpu import CPULayers
@@ -202,6 +204,23 @@ def test_a_vocabulary_size_that_contradicts_the_embedding_is_refused() -> None:
     tokens.append("extra")
     with pytest.raises(CorruptFileError, match="token_embd.weight"):
         load_stages(file, 1)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError("std::bad_alloc"), torch.OutOfMemoryError("CUDA out of memory.\nSee")]
+)
+def test_memory_that_ends_while_a_stage_loads_is_said(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was there when the plan was made; somebody else took it since."""
+
+    def full(*sizes: object) -> None:
+        raise error
+
+    monkeypatch.setattr("sharding.stage.PageStore", full)
+    said = re.escape(str(error).split("\n")[0])
+    with pytest.raises(DoesNotFitError, match=rf"layers \[0, 2\) .* 1024 tokens: {said}; lower"):
+        load_stages(tiny(layers=2), 1, pages=64)
 
 
 @pytest.mark.parametrize("key", ["rope.scaling.factor", "rope.scale_linear"])
