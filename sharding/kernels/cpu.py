@@ -327,9 +327,16 @@ def _own(weight: Weight) -> _cpu.Weight:
 
 
 def use_threads(threads: int) -> None:
-    """Compute on so many threads of this process, at least one. Not while a kernel runs."""
+    """Compute on so many threads of this process, at least one. Not while a kernel runs. Raises
+    `ConfigError` if the system does not give so many; the former ones stay."""
     assert threads >= 1, threads
-    _cpu.use_threads(threads)
+    try:
+        _cpu.use_threads(threads)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"--threads {threads}: {error}; take fewer, or raise the limit on processes or memory "
+            "(pids.max, ulimit -u, ulimit -v)"
+        ) from error
 
 
 def take_cores() -> None:

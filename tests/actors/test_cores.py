@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -77,6 +78,30 @@ def test_kernels_that_have_fewer_threads_run_anywhere() -> None:
     take_cores("cpu")
     assert os.sched_getaffinity(0) == cores
     use_threads(1, "cpu")
+
+
+TOO_MANY = """
+import resource
+from sharding.errors import ConfigError
+from sharding.kernels import use_threads
+
+use_threads(2, "cpu")
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (200 << 20),) * 2)
+try:
+    use_threads(4000, "cpu")
+except ConfigError as error:
+    print(error)
+use_threads(2, "cpu")
+use_threads(1, "cpu")
+"""
+
+
+def test_threads_that_the_system_refuses_are_an_error() -> None:
+    """In a container that allows few: said, and the process goes on with what it had."""
+    done = subprocess.run([sys.executable, "-c", TOO_MANY], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"--threads 4000: only \d+ of 4000 threads .*pids.max", done.stdout)
 
 
 @pytest.mark.ray

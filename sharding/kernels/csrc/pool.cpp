@@ -6,6 +6,9 @@
 #endif
 
 #include <chrono>
+#include <stdexcept>
+#include <string>
+#include <system_error>
 #include <utility>
 
 namespace longspan {
@@ -26,10 +29,20 @@ inline void pause() {
 }  // namespace
 
 Pool::Pool(int threads) : threads_(threads), ranges_(new Range[static_cast<size_t>(threads)]) {
-    for (int t = 1; t < threads; ++t) workers_.emplace_back([this, t] { work(t); });
+    workers_.reserve(static_cast<size_t>(threads));
+    try {
+        for (int t = 1; t < threads; ++t) workers_.emplace_back([this, t] { work(t); });
+    } catch (const std::system_error&) {
+        const size_t started = workers_.size() + 1;
+        end();
+        throw std::runtime_error("only " + std::to_string(started) + " of " +
+                                 std::to_string(threads) + " threads could be started");
+    }
 }
 
-Pool::~Pool() {
+Pool::~Pool() { end(); }
+
+void Pool::end() {
     ending_.store(true);
     job_.fetch_add(1);
     job_.notify_all();

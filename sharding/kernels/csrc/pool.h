@@ -19,6 +19,7 @@ namespace longspan {
 // another. While a `Run` lives they look longer.
 class Pool {
   public:
+    // Throws std::runtime_error if the system does not start so many.
     explicit Pool(int threads);
     ~Pool();
     Pool(const Pool&) = delete;
@@ -69,6 +70,7 @@ class Pool {
         int stop = 0;
     };
 
+    void end();
     void share(int n);
     void work(int thread);
     void drain(int thread);
