@@ -73,7 +73,7 @@ inline V value(const uint8_t* chunk, const Table& table) {
         constexpr Place p = place(F.bits, K);
         constexpr uint32_t bits = (1u << F.bits) - 1;
         if constexpr (is_nonlinear(F)) {
-            return lookup(table, right<p.bit>(word<F>(chunk, p.word)));
+            return lookup<p.bit>(table, word<F>(chunk, p.word));
         } else if constexpr (p.spare) {
             return to_float(spare_value<F, K>(chunk));
         } else if constexpr (touches_sign(F, K)) {

@@ -109,17 +109,26 @@ inline W left(W a) {
 }
 inline V to_float(W a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
 
+// table[four bits of each lane from BIT on]; entries are whole and fit a byte, so that one shuffle
+// finds those of four values.
 struct Table {
-    __m256 lo, hi;
+    __m256i bytes;
 };
-inline Table load_table(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
-inline V lookup(const Table& table, W index) {
+inline Table load_table(const float* p) {
+    alignas(16) int8_t bytes[16];
+    for (int i = 0; i < 16; ++i) bytes[i] = static_cast<int8_t>(p[i]);
+    const __m128i half = _mm_load_si128(reinterpret_cast<const __m128i*>(bytes));
+    return {_mm256_broadcastsi128_si256(half)};
+}
+template <int BIT>
+inline V lookup(const Table& table, W word) {
     const auto eight = [&](__m256i at) {
-        const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(at, 28));  // bit 3 as the sign
-        return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.lo, at),
-                                _mm256_permutevar8x32_ps(table.hi, at), upper);
+        const __m256i one = BIT % 8 ? _mm256_srli_epi32(at, 4) : at;
+        const __m256i four =
+            _mm256_shuffle_epi8(table.bytes, _mm256_and_si256(one, _mm256_set1_epi8(15)));
+        return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(four, 24 - BIT / 8 * 8), 24));
     };
-    return {eight(index.lo), eight(index.hi)};
+    return {eight(word.lo), eight(word.hi)};
 }
 
 inline V round(V a) {

@@ -75,12 +75,15 @@ inline W left(W a) {
 }
 inline V to_float(W a) { return {_mm512_cvtepi32_ps(a.v)}; }
 
-// table[low four bits of each lane]
+// table[four bits of each lane from BIT on]
 struct Table {
     __m512 v;
 };
 inline Table load_table(const float* p) { return {_mm512_loadu_ps(p)}; }
-inline V lookup(const Table& table, W index) { return {_mm512_permutexvar_ps(index.v, table.v)}; }
+template <int BIT>
+inline V lookup(const Table& table, W word) {
+    return {_mm512_permutexvar_ps(right<BIT>(word).v, table.v)};
+}
 
 inline V round(V a) {
     return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};

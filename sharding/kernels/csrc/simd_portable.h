@@ -123,8 +123,9 @@ struct Table {
     const float* v;
 };
 inline Table load_table(const float* p) { return {p}; }
-inline V lookup(const Table& table, const W& index) {
-    return each([&](int i) { return table.v[index.v[i] & 15u]; });
+template <int BIT>
+inline V lookup(const Table& table, const W& word) {
+    return each([&](int i) { return table.v[word.v[i] >> BIT & 15u]; });
 }
 
 inline V round(const V& a) {
