@@ -191,17 +191,28 @@ inline double weigh(std::vector<Left>& left) {
     return total;
 }
 
-// Weights of all; returns their sum.
-inline double weigh_all(const double* x, int padded, double* weights) {
-    D total{};
+// Sums of weights: of all tokens, and of those whose x is above -2, -4 and so on.
+struct Mass {
+    static constexpr int STEPS = 6;
+    static constexpr double STEP = 2;
+    double total, above[STEPS];
+};
+
+// Weights of all.
+inline Mass weigh_all(const double* x, int padded, double* weights) {
+    D total{}, above[Mass::STEPS]{};
     for (int i = 0; i < padded; i += WIDE) {
-        const D w = exp_of(load_as<D>(x + i));
+        const D one = load_as<D>(x + i), w = exp_of(one);
         std::memcpy(weights + i, &w, sizeof w);
         total += w;
+        for (int s = 0; s < Mass::STEPS; ++s) above[s] += one > -Mass::STEP * (s + 1) ? w : D{};
     }
-    double sum = 0;
-    for (int i = 0; i < WIDE; ++i) sum += total[i];
-    return sum;
+    Mass found{};
+    for (int i = 0; i < WIDE; ++i) {
+        found.total += total[i];
+        for (int s = 0; s < Mass::STEPS; ++s) found.above[s] += above[s][i];
+    }
+    return found;
 }
 
 // Logits in float64, -infinity up to `padded`; false if one is NaN or +infinity.
@@ -264,16 +275,22 @@ inline double largest_of(const double* x, int padded) {
 inline void filter(const Recipe& how, const double* x, int n, int padded, double* weights,
                    std::vector<Left>& left) {
     if (how.top_k > 0) keep_largest(x, n, static_cast<int>(std::min<int64_t>(how.top_k, n)), left);
-    if (how.top_p < 1) {
-        const double total = how.top_k > 0 ? weigh(left) : weigh_all(x, padded, weights);
-        if (how.top_k == 0) {
-            // Even together they weigh less than half of what may be left out.
-            const double least = total * ((1 - how.top_p) / n / 2);
-            left.clear();
-            for_each_above(weights, n, std::nextafter(least, -1.0),
-                           [&](int i) { left.push_back({x[i], weights[i], i}); });
+    if (how.top_p < 1 && how.top_k > 0) {
+        keep_nucleus(left, how.top_p * weigh(left));
+    } else if (how.top_p < 1) {
+        const Mass mass = weigh_all(x, padded, weights);
+        const double share = how.top_p * mass.total;
+        const auto keep = [&](int i) { left.push_back({x[i], weights[i], i}); };
+        left.clear();
+        int step = 0;
+        while (step < Mass::STEPS && mass.above[step] < share * (1 + 1e-9)) ++step;
+        if (step < Mass::STEPS) {  // those above it are enough, whatever order they are summed in
+            for_each_above(x, n, -Mass::STEP * (step + 1), keep);
+        } else {  // even together what is dropped weighs less than half of what may be left out
+            const double least = mass.total * ((1 - how.top_p) / n / 2);
+            for_each_above(weights, n, std::nextafter(least, -1.0), keep);
         }
-        keep_nucleus(left, how.top_p * total);
+        keep_nucleus(left, share);
     }
     if (how.min_p > 0) {
         const double least = std::log(how.min_p);
