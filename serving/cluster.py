@@ -36,6 +36,8 @@ RAY_SETTINGS = {
     # Answers go from the ingress to the proxy by gRPC, not as Ray objects: a third less of Serve's
     # processor time for each piece.
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    # gRPC's own limit is 4 MiB, which a long prompt's log-probabilities exceed.
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str((1 << 31) - 1),
     # Serve looks after its replicas, and Ray's agent after its node, less often: 92 ms of processor
     # time a second when nobody asks for anything instead of 138.
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",

@@ -43,12 +43,7 @@ def prepare_completion(body: CompletionRequest, service: Service) -> tuple[Job, 
     if not body.echo:
         return job, CompletionWording(job, tokenizer)
     n = len(job.requests) // len(prompts)
-    echoes = [
-        text if isinstance(text, str) else tokenizer.decode(text, skip_special=job.skip)
-        for text in texts
-        for _ in range(n)
-    ]
-    return job, CompletionWording(job, tokenizer, echoes)
+    return job, CompletionWording(job, tokenizer, [text for text in texts for _ in range(n)])
 
 
 def _texts(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
@@ -62,11 +57,13 @@ def _texts(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str | 
 class CompletionWording:
     """Words answers as `text_completion` objects."""
 
-    def __init__(self, job: Job, tokenizer: Tokenizer, echoes: Sequence[str] | None = None) -> None:
-        """`echoes`: the text of each choice's prompt, to be said before its answer."""
+    def __init__(
+        self, job: Job, tokenizer: Tokenizer, echoes: Sequence[str | list[int]] = ()
+    ) -> None:
+        """`echoes`: each choice's prompt as it was given, to be said before its answer."""
         self._job = job
         self._tokenizer = tokenizer
-        self._echoes = [_Echo(job, tokenizer, *echo) for echo in enumerate(echoes or ())]
+        self._echoes = [_Echo(job, tokenizer, *echo) for echo in enumerate(echoes)]
         self._with_logprobs = job.requests[0].sampling.logprobs is not None
 
     def opening(self) -> Iterator[Completion]:
@@ -143,13 +140,16 @@ class CompletionWording:
 class _Echo:
     """One choice's prompt: its text, and its tokens' scores as they come."""
 
-    def __init__(self, job: Job, tokenizer: Tokenizer, index: int, text: str) -> None:
-        self.text = text
+    def __init__(self, job: Job, tokenizer: Tokenizer, index: int, given: str | list[int]) -> None:
+        # A text is repeated with the special tokens that it spells out.
+        self._skip = job.skip and not isinstance(given, str)
+        self.text = (
+            given if isinstance(given, str) else tokenizer.decode(given, skip_special=self._skip)
+        )
         self._prompt = job.requests[index].prompt
         self._scored = job.requests[index].prompt_logprobs is not None
         self._scores: list[Choice] = []
         self._tokenizer = tokenizer
-        self._skip = job.skip
         self._said = False
 
     def said_at_once(self) -> bool:
@@ -178,7 +178,11 @@ class _Echo:
         decoder, offset, offsets = self._tokenizer.incremental(skip_special=self._skip), 0, []
         for token in self._prompt:
             offsets.append(min(offset, len(self.text)))
-            offset += len(decoder.push(token))
+            said = decoder.push(token)
+            # What the tokenizer puts around a text is not part of it.
+            around = token in (self._tokenizer.bos_id, self._tokenizer.eos_id)
+            if not around or self.text.startswith(said, offset):
+                offset += len(said)
         return _as_lists(self._tokenizer, [Choice(self._prompt[0]), *self._scores], offsets)
 
 

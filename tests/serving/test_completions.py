@@ -62,6 +62,18 @@ def test_scores_of_prompt_and_answer_are_one_list() -> None:
     assert logprobs["top_logprobs"][4] == {"a": -9.7}
 
 
+def test_special_tokens_that_a_prompt_spells_out_have_their_place() -> None:
+    """Evaluations look there for where the answer begins."""
+    prompt = "<|im_start|>hi<|im_end|><s>"
+    asked = World(scored).complete(prompt, echo=True, logprobs=0, max_tokens=2)
+    choice = asked.json()["choices"][0]
+    assert choice["text"] == prompt + "ab"
+    names, offsets = choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"]
+    assert (names[0], offsets[0]) == ("<s>", 0), "put before it, and not part of it"
+    for name, offset in zip(names[1:], offsets[1:], strict=True):
+        assert choice["text"].startswith(name, offset), (name, offset)
+
+
 def test_logprobs_without_echo_begin_at_the_answer() -> None:
     world = World(scored)
     logprobs = world.complete("hi", logprobs=1).json()["choices"][0]["logprobs"]
