@@ -103,6 +103,17 @@ def test_scores_choices_and_echo_through_all_layers(client: openai.OpenAI, serve
         assert all(logprob <= 0 for logprob in rest)
 
 
+def test_an_answer_may_be_larger_than_a_message_of_grpc(served: Served) -> None:
+    """4 MiB by default: a long prompt's log-probabilities are more."""
+    (word,) = httpx.post(
+        served.url + "/tokenize", json={"prompt": " understanding", "add_special_tokens": False}
+    ).json()["tokens"]
+    count = (5 << 20) // len(" understanding")
+    answer = httpx.post(served.url + "/detokenize", json={"tokens": [word] * count}, timeout=60)
+    assert answer.status_code == 200
+    assert answer.json()["prompt"] == " understanding" * count
+
+
 def test_two_ray_stages_give_the_bits_of_one_stage_in_this_process(
     client: openai.OpenAI, served: Served, smollm2: GGUFFile
 ) -> None:
