@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import islice
 
 from actors.pages import PagePool
 from actors.request import LENGTH, STOP, Event, GenerateRequest, Sink
@@ -27,10 +28,14 @@ from sharding.batch import (
 )
 from sharding.errors import BusyError, ContextLengthError
 
+MOST_PASSING = 32
+"""Requests that may be admitted before an older one that needs more memory than is free."""
+
 
 @dataclass(eq=False)
 class _Running:
-    """A request with its drawn tokens. `sent` tokens of prompt and answer entered the pipeline."""
+    """A request with its drawn tokens. `sent` tokens of prompt and answer entered the pipeline;
+    `passed`: how many that came later were admitted before it."""
 
     number: int
     request: GenerateRequest
@@ -38,10 +43,16 @@ class _Running:
     drawn: list[int] = field(default_factory=list)
     sent: int = 0
     done: int = 0
+    passed: int = 0
 
     @property
     def prefilling(self) -> bool:
-        return self.sent < len(self.request.prompt)
+        return self.left > 0
+
+    @property
+    def left(self) -> int:
+        """Tokens of its prompt that did not enter the pipeline yet."""
+        return len(self.request.prompt) - self.sent
 
     @property
     def decodable(self) -> bool:
@@ -148,15 +159,22 @@ class Scheduler:
                 self._advance(entry, segment, found)
 
     def _admit(self) -> list[Opened]:
-        """First come, first served: a long request is never overtaken for ever by short ones."""
-        opened = []
-        while self._waiting:
-            entry = self._waiting[0]
+        """First come, first served; while one finds no room, those behind it that do pass it. Not
+        for ever: after `MOST_PASSING` of them it is next."""
+        opened: list[Opened] = []
+        first: _Running | None = None
+        for entry in list(islice(self._waiting, MOST_PASSING)):
+            if first is not None and first.passed >= MOST_PASSING:
+                break
             prompt = entry.request.prompt
             pages = self.pool.reserve(entry.number, len(prompt) + entry.request.max_tokens)
             if pages is None:
-                break
-            self._running[entry.number] = self._waiting.popleft()
+                first = first or entry
+                continue
+            if first is not None:
+                first.passed += 1
+            self._waiting.remove(entry)
+            self._running[entry.number] = entry
             opened.append(Opened(entry.number, pages, len(prompt), entry.request.sampling))
         return opened
 
@@ -178,14 +196,26 @@ class Scheduler:
         return segments
 
     def _prompt_segments(self, budget: int) -> list[Segment]:
-        segments: list[Segment] = []
-        for entry in self._running.values():
-            if budget <= 0:
-                break
-            if entry.prefilling:
-                segments.append(_chunk(entry, budget))
-                entry.sent += len(segments[-1].tokens)
-                budget -= len(segments[-1].tokens)
+        """The oldest prompt first, but half of the budget to those that are much shorter: a
+        question need not wait until a book is read, nor the book for an endless row of questions.
+        """
+        reading = [entry for entry in self._running.values() if entry.prefilling]
+        if not reading:
+            return []
+        shorter = [entry for entry in reading[1:] if 2 * entry.left <= reading[0].left]
+        shorter.sort(key=lambda entry: entry.left)
+        takes = dict.fromkeys((entry.number for entry in reading), 0)
+        budget, given = max(0, budget), 0
+        for entries, most in ((shorter, budget // 2), (reading, budget)):
+            for entry in entries:
+                more = min(most - given, entry.left - takes[entry.number])
+                takes[entry.number] += more
+                given += more
+        segments = []
+        for entry in reading:
+            if takes[entry.number]:
+                segments.append(_chunk(entry, takes[entry.number]))
+                entry.sent += takes[entry.number]
         return segments
 
     def _advance(self, entry: _Running, segment: Segment, found: SegmentResult) -> None:
@@ -226,10 +256,10 @@ class Scheduler:
             assert self.pool.free == self.pool.pages, "pages without an owner"
 
 
-def _chunk(entry: _Running, budget: int) -> Segment:
+def _chunk(entry: _Running, tokens: int) -> Segment:
     """The next piece of a prompt; its last piece draws the first token."""
     prompt, start = entry.request.prompt, entry.sent
-    stop = min(len(prompt), start + budget)
+    stop = start + tokens
     scored = entry.request.prompt_logprobs
     return Segment(
         entry.number,

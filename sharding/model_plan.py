@@ -25,9 +25,9 @@ from sharding.model.arch import read_shape
 from sharding.model.tensors import check_tensors
 from sharding.planner import Device, Plan, largest_context, make_plan
 
-CONTEXTS_HELD = 8
+CONTEXTS_HELD = 32
 """KV is reserved for up to so many full contexts, if memory allows: that many requests run at
-once."""
+once, even if none says how long its answer may become. On a host unused pages take no memory."""
 
 RESIDENT: dict[str, Callable[[TensorInfo], int]] = {
     "cpu": packed_resident,

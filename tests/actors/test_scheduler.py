@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
+from functools import partial
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.request import Event, GenerateRequest
-from actors.scheduler import Limits, Scheduler
+from actors.scheduler import MOST_PASSING, Limits, Scheduler
 from sharding.batch import PAGE_SLOTS, Batch, Choice, Result, SamplingParams, SegmentResult
 from sharding.errors import BusyError, ContextLengthError
 
@@ -149,6 +150,64 @@ def test_losing_the_pipeline_ends_all_with_an_error() -> None:
     assert [event.error for event in events if event.last] == ["a stage died"] * 3
     scheduler.check_integrity()
     assert scheduler.next_step() is None
+
+
+def first_tokens(prompts: dict[str, int], chunk: int = 64) -> list[str]:
+    """Names in the order in which they hear their first tokens."""
+    scheduler = Scheduler(Limits(context=4096, pages=1024, in_flight=2, chunk=chunk))
+    order: list[str] = []
+
+    def hear(name: str, event: Event) -> None:
+        if event.tokens:
+            order.append(name)
+
+    for name, prompt in prompts.items():
+        scheduler.submit(ask(name, prompt, 1), partial(hear, name))
+    drive(scheduler)
+    return order
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
+    assert first_tokens({"book": 2000, "question": 10, "letter": 300})[:2] == ["question", "letter"]
+
+
+def test_equal_prompts_are_read_one_after_the_other() -> None:
+    """Side by side all would be late."""
+    assert first_tokens(dict.fromkeys("abcd", 500)) == ["a", "b", "c", "d"]
+
+
+def test_short_prompts_without_end_take_half_of_the_budget_at_most() -> None:
+    scheduler = Scheduler(Limits(context=4096, pages=1024, in_flight=1, chunk=64))
+    heard: list[Event] = []
+    scheduler.submit(ask("book", 2000, 1), heard.append)
+    for step in range(2000 // 32 + 1):
+        for number in range(8):
+            scheduler.submit(ask(f"{step} {number}", 60, 0), lambda event: None)
+        batch = scheduler.next_step()
+        assert batch is not None
+        scheduler.apply(batch, answer(batch))
+    assert sum(len(event.tokens) for event in heard) == 1
+
+
+def test_small_requests_pass_one_that_waits_for_memory_but_not_for_ever() -> None:
+    scheduler = Scheduler(Limits(context=160, pages=10, in_flight=1))
+    admitted: list[str] = []
+
+    def submit(name: str, tokens: int) -> None:
+        scheduler.submit(ask(name, 1, tokens), lambda event: event.tokens and admitted.append(name))
+
+    submit("holds half", 79)
+    submit("wants all", 159)
+    for number in range(100):
+        submit(f"small {number}", 1)
+    for _ in range(60):
+        batch = scheduler.next_step()
+        assert batch is not None
+        scheduler.apply(batch, answer(batch))
+    assert "small 0" in admitted and "wants all" not in admitted, "there was room for the small"
+    drive(scheduler)
+    order = list(dict.fromkeys(admitted))
+    assert order.index("wants all") <= MOST_PASSING + 1
 
 
 requests = st.tuples(st.integers(1, 90), st.integers(0, 20), st.booleans())
