@@ -23,7 +23,7 @@ from serving.openai import (
     TopLogprob,
     Usage,
 )
-from serving.prepare import Job, Scores, build_job, check_body
+from serving.prepare import Job, Scores, build_job, check_body, check_length
 from serving.service import Service, Tokenizer
 from serving.template import ChatTemplate, special_text
 from serving.text import Piece, PlacedToken, finite, token_name
@@ -42,7 +42,10 @@ def prepare_chat(body: ChatRequest, service: Service, template: ChatTemplate) ->
     if body.top_logprobs is not None and not body.logprobs:
         raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")
     messages = [_plain(message, i) for i, message in enumerate(body.messages)]
+    for message in messages:
+        check_length(str(message["content"]), service)
     text = template.render(messages, body.add_generation_prompt is not False)
+    check_length(text, service)
     ids = _encode(service.tokenizer, text)
     if not ids:
         raise RequestError("the model's chat template made an empty prompt of these", "messages")

@@ -15,7 +15,7 @@ from serving.openai import (
     FinishReason,
     Usage,
 )
-from serving.prepare import Job, Scores, build_job, check_body, check_tokens
+from serving.prepare import Job, Scores, build_job, check_body, check_length, check_tokens
 from serving.service import Service, Tokenizer
 from serving.text import Piece, PlacedToken, finite, token_name
 from sharding.batch import Choice
@@ -33,6 +33,9 @@ def prepare_completion(body: CompletionRequest, service: Service) -> tuple[Job, 
         raise RequestError("max_tokens 0 needs echo: it would answer nothing", "max_tokens")
     tokenizer = service.tokenizer
     texts = _texts(body.prompt)
+    for text in texts:
+        if isinstance(text, str):
+            check_length(text, service)
     prompts = [tokenizer.encode(text) if isinstance(text, str) else text for text in texts]
     for ids in prompts:
         check_tokens(ids, tokenizer, "prompt")

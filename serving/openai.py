@@ -9,15 +9,28 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_serializer
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_serializer
 
 MOST_CHOICES = 8
 MOST_STOPS = 16
+MOST_BIAS = 100
 
 TokenId = Annotated[int, Field(ge=0)]
+# Lists are given up at their first fault: to word one for each of millions takes minutes.
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 StopText = Annotated[str, Field(min_length=1, max_length=1000)]
 Logprobs = Annotated[int, Field(ge=0, le=20)]
+
+
+def _first_fault(biases: object) -> object:
+    """pydantic would word a fault for each entry of a dictionary."""
+    for token, bias in biases.items() if isinstance(biases, dict) else ():
+        if not (isinstance(token, str) and token.isascii() and token.isdigit() and len(token) < 10):
+            raise ValueError(f"{token!r:.40} is not the number of a token")
+        number = isinstance(bias, (int, float)) and not isinstance(bias, bool)
+        if not (number and -MOST_BIAS <= bias <= MOST_BIAS):
+            raise ValueError(f"the bias of {token} is {bias!r:.40}, not within -100 and 100")
+    return biases
 
 
 class _Request(BaseModel):
@@ -52,17 +65,20 @@ class GenerationRequest(_Request):
     repeat_penalty: Annotated[float, Field(gt=0, le=2)] | None = Field(
         None, description="Another spelling of repetition_penalty."
     )
-    logit_bias: (
+    logit_bias: Annotated[
         dict[
             Annotated[str, Field(pattern=r"^[0-9]{1,9}$")],
-            Annotated[float, Field(ge=-100, le=100)],
+            Annotated[float, Field(ge=-MOST_BIAS, le=MOST_BIAS)],
         ]
-        | None
-    ) = Field(None, description="What to add to the logits of token ids.")
+        | None,
+        BeforeValidator(_first_fault),
+    ] = Field(None, description="What to add to the logits of token ids.")
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
     best_of: int | None = Field(None, description="Supported where it equals n.")
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
-    stop: StopText | Annotated[list[StopText], Field(max_length=MOST_STOPS)] | None = None
+    stop: (
+        StopText | Annotated[list[StopText], Field(max_length=MOST_STOPS, fail_fast=True)] | None
+    ) = None
     stop_token_ids: TokenIds | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     ignore_eos: bool | None = None
@@ -83,7 +99,7 @@ class ChatMessage(_Request):
     """A message of the conversation. Only an assistant's content may be null."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
     name: str | None = None
     tool_call_id: str | None = None
 

@@ -145,6 +145,19 @@ def check_tokens(ids: Sequence[int], tokenizer: Tokenizer, param: str) -> None:
         raise RequestError(message, param)
 
 
+def check_length(text: str, service: Service) -> None:
+    """Raises `ContextLengthError` for a text that no tokenizing could make short enough: that
+    takes seconds for what is refused anyway."""
+    size, context = len(text.encode()), service.model.context
+    least = size // service.tokenizer.most_bytes
+    if least > context:
+        raise ContextLengthError(
+            f"This model's maximum context length is {context} tokens. However, your prompt has"
+            f" {size} bytes, which are at least {least} tokens. Shorten the prompt.",
+            None,
+        )
+
+
 def build_job(
     kind: str, body: GenerationRequest, service: Service, prompts: list[list[int]], scores: Scores
 ) -> Job:

@@ -33,6 +33,7 @@ class ByteTokenizer:
     eos_id: int | None = EOS
     stop_ids: tuple[int, ...] = (EOS, IM_END)
     vocab_size = 260
+    most_bytes = 12
     add_bos = True
 
     def __init__(self, chat_template: str | None = None) -> None:

@@ -7,7 +7,9 @@ import time
 from collections.abc import Callable
 
 import pytest
+from pydantic import ValidationError
 
+from serving.openai import ChatRequest, CompletionRequest
 from serving.prepare import UNSUPPORTED
 from sharding.batch import SamplingParams
 from tests.serving.fakes import BOS, EOS, IM_END, World, error_of
@@ -43,6 +45,9 @@ WRONG: list[tuple[str, object]] = [
     ("stop_token_ids", [260]),
     ("logit_bias", {"5": 101}),
     ("logit_bias", {"260": 1}),
+    ("logit_bias", {"5": True}),
+    ("logit_bias", {"+5": 1}),
+    ("logit_bias", [5]),
     ("logprobs", 21),
     ("stream", "yes"),
     ("stream_options", {"include_usage": True}),
@@ -65,6 +70,48 @@ def test_a_field_out_of_type_or_range_is_400_and_named(field: str, value: object
     error = error_of(response)
     assert error["param"] == field
     assert field in error["message"]
+
+
+MANY = 100_000
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"messages": [{"role": "user", "content": [5] * MANY}]},
+        {"messages": [{"role": "user", "content": [{"type": 5}] * MANY}]},
+        {"messages": [5] * MANY},
+        {"prompt": [5.5] * MANY},
+        {"prompt": [[-1] * MANY]},
+        {"prompt": [["x"]] * MANY},
+        {"prompt": "x", "stop": [5] * MANY},
+        {"prompt": "x", "stop_token_ids": ["5"] * MANY},
+        {"prompt": "x", "logit_bias": {f"x{number}": 1 for number in range(MANY)}},
+        {"prompt": "x", "logit_bias": {str(number): "1" for number in range(MANY)}},
+    ],
+    ids=lambda body: next(reversed(body)),
+)
+def test_a_body_is_given_up_at_its_first_fault(body: dict[str, object]) -> None:
+    """To word a fault for each of millions of entries keeps everybody waiting for minutes."""
+    with pytest.raises(ValidationError) as refused:
+        (ChatRequest if "messages" in body else CompletionRequest).model_validate(body)
+    assert refused.value.error_count() < 10
+
+
+def test_a_text_that_can_never_fit_is_refused_before_it_is_tokenised(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Megabytes take seconds, of a thread that others wait for."""
+    world = World()
+    monkeypatch.setattr(world.service.tokenizer, "encode", None)
+    text = "x" * (4097 * world.service.tokenizer.most_bytes)
+    for path, body in (
+        ("/v1/completions", {"prompt": ["short", text]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": text}]}),
+    ):
+        error = error_of(world.post(path, body))
+        assert error["code"] == "context_length_exceeded"
+        assert "4096" in error["message"] and "at least 4097 tokens" in error["message"]
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
