@@ -193,8 +193,12 @@ def test_small_requests_pass_one_that_waits_for_memory_but_not_for_ever() -> Non
     scheduler = Scheduler(Limits(context=160, pages=10, in_flight=1))
     admitted: list[str] = []
 
+    def hear(name: str, event: Event) -> None:
+        if event.tokens:
+            admitted.append(name)
+
     def submit(name: str, tokens: int) -> None:
-        scheduler.submit(ask(name, 1, tokens), lambda event: event.tokens and admitted.append(name))
+        scheduler.submit(ask(name, 1, tokens), partial(hear, name))
 
     submit("holds half", 79)
     submit("wants all", 159)
