@@ -95,6 +95,7 @@ def plan_limits(planned: ModelPlan, max_waiting: int) -> Limits:
         in_flight=len(planned.plan.stages),
         max_waiting=max_waiting,
         chunk=planned.chunk,
+        even_depth=planned.even_depth,
     )
 
 

@@ -28,6 +28,8 @@ from sharding.batch import (
 )
 from sharding.errors import BusyError, ContextLengthError
 
+_MOST_PRICE = 4.0
+
 MOST_PASSING = 32
 """Requests that may be admitted before an older one that needs more memory than is free."""
 
@@ -63,13 +65,15 @@ class _Running:
 @dataclass(frozen=True)
 class Limits:
     """`context`: tokens of one request. `pages`: KV of all. `in_flight`: groups of decodes.
-    `chunk`: tokens of a step."""
+    `chunk`: tokens of a step. `even_depth`: where a prompt's token takes twice as long as at its
+    beginning."""
 
     context: int
     pages: int
     in_flight: int
     max_waiting: int = 256
     chunk: int = CHUNK
+    even_depth: int = 1 << 62
 
     @property
     def most_tokens(self) -> int:
@@ -205,18 +209,29 @@ class Scheduler:
         shorter = [entry for entry in reading[1:] if 2 * entry.left <= reading[0].left]
         shorter.sort(key=lambda entry: entry.left)
         takes = dict.fromkeys((entry.number for entry in reading), 0)
-        budget, given = max(0, budget), 0
+        given = 0.0
         for entries, most in ((shorter, budget // 2), (reading, budget)):
             for entry in entries:
-                more = min(most - given, entry.left - takes[entry.number])
-                takes[entry.number] += more
-                given += more
+                price, room = self._price(entry), most - given
+                if room > 0:
+                    wanted = entry.left - takes[entry.number]
+                    more = min(wanted, max(1, int(room / price)))
+                    takes[entry.number] += more
+                    given += more * price
         segments = []
         for entry in reading:
             if takes[entry.number]:
                 segments.append(_chunk(entry, takes[entry.number]))
                 entry.sent += takes[entry.number]
         return segments
+
+    def _price(self, entry: _Running) -> float:
+        """How much longer than at its beginning a prompt's token takes now, where that makes
+        others wait for their next token: a step's length is what they feel. Down to a quarter of a
+        chunk; smaller ones would cost the prompt too much."""
+        if not any(other.drawn for other in self._running.values()):
+            return 1.0
+        return min(_MOST_PRICE, 1.0 + entry.sent / self.limits.even_depth)
 
     def _advance(self, entry: _Running, segment: Segment, found: SegmentResult) -> None:
         if found.error is not None:

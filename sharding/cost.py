@@ -176,6 +176,13 @@ def _required(layers: int) -> list[str]:
     return [_EMBEDDING, *blocks, _FINAL_NORM]
 
 
+def even_depth(shape: ModelShape) -> int:
+    """How deep a token has as many products with keys and values as with its layer's matrices:
+    there it takes about twice as long as at the beginning."""
+    attention = 2 * shape.q_features + 2 * shape.kv_features
+    return shape.hidden * (attention + 3 * shape.ffn) // (2 * shape.q_features)
+
+
 def activation_bytes(
     shape: ModelShape,
     chunk_tokens: int,

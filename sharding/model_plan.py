@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from sharding.batch import CHUNK
 from sharding.cost import (
     WORKSPACE_BYTES,
+    even_depth,
     fp32_resident,
     gpu_workspace_bytes,
     model_costs,
@@ -46,6 +47,7 @@ class ModelPlan:
     """A plan whose `plan.kv_tokens` serve requests of up to `context` tokens each.
 
     `kernels`: the kernel set that it counts on, on every device. `chunk`: most tokens of a step.
+    `even_depth`: see `sharding.cost`.
     """
 
     plan: Plan
@@ -54,6 +56,7 @@ class ModelPlan:
     train_context: int
     kernels: str
     chunk: int
+    even_depth: int
 
 
 @dataclass(frozen=True)
@@ -92,4 +95,4 @@ def plan_model(file: GGUFFile, devices: Sequence[Device], wanted: Wanted) -> Mod
             "raise it or lower the context"
         )
     plan = make_plan(costs, devices, kv_tokens, chunk)
-    return ModelPlan(plan, context, largest, shape.train_context, kernels, chunk)
+    return ModelPlan(plan, context, largest, shape.train_context, kernels, chunk, even_depth(shape))

@@ -189,6 +189,23 @@ def test_short_prompts_without_end_take_half_of_the_budget_at_most() -> None:
     assert sum(len(event.tokens) for event in heard) == 1
 
 
+def test_a_deep_prompt_takes_shorter_steps_while_another_answers() -> None:
+    """What an answer's reader feels is how long a step takes, and that grows with depth."""
+
+    def deepest_chunks(answers: int) -> list[int]:
+        limits = Limits(context=4096, pages=1024, in_flight=1, chunk=101, even_depth=1000)
+        scheduler = Scheduler(limits)
+        scheduler.submit(ask("answer", 1, 1 + answers), lambda event: None)
+        scheduler.submit(ask("book", 3900, 0), lambda event: None)
+        batches = drive(scheduler)
+        return [len(s.tokens) for batch in batches for s in batch.segments if s.start > 200]
+
+    alone, beside = deepest_chunks(0), deepest_chunks(190)
+    assert set(alone[:-1]) == {101}
+    assert beside[0] > beside[5] > beside[20] >= 25
+    assert min(beside[:-1]) == 25, "a quarter is the least"
+
+
 def test_small_requests_pass_one_that_waits_for_memory_but_not_for_ever() -> None:
     scheduler = Scheduler(Limits(context=160, pages=10, in_flight=1))
     admitted: list[str] = []
