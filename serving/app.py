@@ -191,7 +191,7 @@ class RemoteEngine:
                     self._subscription = await Subscription.open(address, node)
                 return self._subscription
         except (RayError, RayServeException, TimeoutError) as error:
-            raise UnavailableError(f"the engine replica does not answer: {error}") from error
+            raise UnavailableError(_silence(error)) from error
 
     async def status(self) -> EngineStatus:
         """The engine's word, or that it has none: a handle would wait for a new replica for
@@ -200,8 +200,12 @@ class RemoteEngine:
             asked = self._handle.status.remote()
             status: EngineStatus = await asyncio.wait_for(asked, _STATUS_TIMEOUT_S)
         except (RayError, RayServeException, TimeoutError) as error:
-            return EngineStatus("failed", detail=f"the engine replica does not answer: {error}")
+            return EngineStatus("failed", detail=_silence(error))
         return status
+
+
+def _silence(error: Exception) -> str:
+    return f"the engine replica does not answer: {str(error) or 'nothing was heard in time'}"
 
 
 def _cause(error: RayTaskError) -> LongspanError:

@@ -39,7 +39,7 @@ def prepare_chat(body: ChatRequest, service: Service, template: ChatTemplate) ->
     Raises `RequestError` and its kind for everything that cannot be served.
     """
     check_body(body, service)
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")
     messages = [_plain(message, i) for i, message in enumerate(body.messages)]
     for message in messages:

@@ -62,6 +62,9 @@ def main() -> None:
     except LongspanError as error:
         err.print(f"longspan: {error}", style="red", markup=False, soft_wrap=True)
         sys.exit(2 if isinstance(error, ConfigError) else 1)
+    except OSError as error:  # a disk or a pipe that takes no more
+        err.print(f"longspan: {error}", style="red", markup=False, soft_wrap=True)
+        sys.exit(1)
 
 
 def _say(line: str) -> None:

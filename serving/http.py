@@ -60,6 +60,7 @@ def create_app(service: Service, *, keep_alive_s: float = 10.0) -> FastAPI:
         strict_content_type=False,
     )
     app.add_middleware(_BodyLimit, most_bytes=service.model.max_body_bytes)
+    app.add_middleware(_HeadAsGet)
     install(app)
     _add_generation(app, service, keep_alive_s)
     _add_models(app, service)
@@ -210,6 +211,23 @@ def _add_health(app: FastAPI, service: Service) -> None:
     async def ready() -> Response:
         """Whether the server answers requests now."""
         return await health(frozenset({"ready"}))
+
+
+class _HeadAsGet:
+    """HEAD is answered wherever GET is, without the body: health checks ask that way."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_bare(part: Message) -> None:
+            await send({**part, "body": b""} if part["type"] == "http.response.body" else part)
+
+        await self._app({**scope, "method": "GET"}, receive, send_bare)
 
 
 class _BodyLimit:

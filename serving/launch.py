@@ -22,24 +22,33 @@ _POLL_S = 0.2
 
 
 def serve_until_interrupted(config: ServeConfig, err: Console) -> None:
-    """Serve until SIGINT or SIGTERM. Raises `LongspanError` when the model cannot be loaded."""
+    """Serve until SIGINT or SIGTERM. Raises `LongspanError` when the model cannot be loaded, and
+    `KeyboardInterrupt` when interrupted before it served, or again while it stops."""
     stopped = threading.Event()
-    _stop_on_signal(stopped)
+    _stop_on_signal(stopped, err)
     check_config(config)
     err.print(f"starting Ray for {config.stages} stages of {config.served_name}", markup=False)
     # Again once Ray has put handlers of its own, which print a stack trace.
-    with deployed(config, on_ray=lambda: _stop_on_signal(stopped)) as deployment:
+    with deployed(config, on_ray=lambda: _stop_on_signal(stopped, err)) as deployment:
+        if stopped.is_set():
+            raise KeyboardInterrupt
         if _wait_loaded(deployment, stopped, err):
             err.print(stage_table(deployment.stats()))
             url = f"http://{config.host}:{config.port}/v1"
             err.print(f"serving {config.served_name} at {url} (Ctrl-C ends it)", markup=False)
             stopped.wait()
-        err.print("stopping")
+        else:
+            raise KeyboardInterrupt
 
 
-def _stop_on_signal(stopped: threading.Event) -> None:
+def _stop_on_signal(stopped: threading.Event, err: Console) -> None:
+    """At once in words, in order a moment later: Ray is not stopped in the middle of its start."""
+
     def stop(number: int, frame: FrameType | None) -> None:
+        if stopped.is_set():
+            raise KeyboardInterrupt
         stopped.set()
+        err.print("stopping (again to stop at once)")
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)

@@ -36,6 +36,8 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "chat_template_kwargs": _OFF,
     "continue_final_message": _OFF,
     "documents": _OFF,
+    "dry_multiplier": (None, 0),
+    "dynatemp_range": (None, 0),
     "echo": (None, False),
     "function_call": (*_OFF, "none", "auto"),
     "functions": _OFF,
@@ -51,23 +53,29 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "lora": _OFF,
     "mirostat": (None, 0),
     "n_predict": (None,),
+    "n_probs": (None, 0),
     "modalities": (*_OFF, ["text"]),
     "prediction": _OFF,
     "priority": (None, 0),
     "prompt_logprobs": (None,),
     "reasoning_effort": (None, "none"),
+    "repeat_last_n": (None, -1),
     "response_format": (*_OFF, {"type": "text"}),
     "return_progress": _OFF,
     "return_token_ids": _OFF,
+    "return_token_strs": _OFF,
     "return_tokens_as_token_ids": _OFF,
+    "samplers": _OFF,
     "structured_outputs": _OFF,
     "suffix": _OFF,
     "tool_choice": (*_OFF, "none", "auto"),
     "tools": _OFF,
+    "top_n_sigma": (None, -1),
     "truncate_prompt_tokens": (None,),
     "typical_p": (None, 1),
     "use_beam_search": _OFF,
     "web_search_options": (None,),
+    "xtc_probability": (None, 0),
 }
 """Fields that other servers know, with the values that ask for nothing. Any other value is refused:
 silence would look like support."""
@@ -134,7 +142,13 @@ def check_body(body: GenerationRequest, service: Service) -> None:
         raise RequestError(message, "repeat_penalty")
     biased = list(map(int, body.logit_bias or {}))
     check_tokens(biased, service.tokenizer, "logit_bias")
-    check_tokens(body.stop_token_ids or [], service.tokenizer, "stop_token_ids")
+    stops = body.stop_token_ids or []
+    check_tokens(stops, service.tokenizer, "stop_token_ids")
+    if body.min_tokens and len({*stops, *_stops(body, service.tokenizer)}) >= (
+        service.tokenizer.vocab_size
+    ):
+        message = "stop_token_ids are all tokens, and min_tokens bans them: none is left to draw"
+        raise RequestError(message, "stop_token_ids")
 
 
 def check_tokens(ids: Sequence[int], tokenizer: Tokenizer, param: str) -> None:
@@ -213,8 +227,13 @@ def _max_tokens(body: GenerationRequest, prompt_tokens: int, context: int) -> in
     return max_tokens
 
 
+def _stops(body: GenerationRequest, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The model's own tokens that end an answer, if they shall."""
+    return () if body.ignore_eos else tokenizer.stop_ids
+
+
 def _sampling(body: GenerationRequest, tokenizer: Tokenizer, scores: Scores) -> SamplingParams:
-    stops = () if body.ignore_eos else tokenizer.stop_ids
+    stops = _stops(body, tokenizer)
     return SamplingParams(
         temperature=_given(body.temperature, 1.0),
         top_k=min(max(body.top_k or 0, 0), tokenizer.vocab_size),

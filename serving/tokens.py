@@ -14,7 +14,7 @@ from serving.openai import (
     TokenizerInfo,
     TokenPiece,
 )
-from serving.prepare import check_model, check_tokens
+from serving.prepare import check_model, check_tokens, refuse_unsupported
 from serving.service import Service, Tokenizer
 from sharding.errors import RequestError
 
@@ -24,6 +24,7 @@ def tokenize(body: TokenizeRequest, service: Service) -> TokenizeAnswer:
     if (body.prompt is None) == (body.content is None):
         raise RequestError("exactly one of prompt and content is needed", "prompt")
     check_model(body.model, service.model)
+    refuse_unsupported(body.model_extra)
     text = body.content if body.prompt is None else body.prompt
     assert text is not None
     ids = service.tokenizer.encode(

@@ -116,8 +116,8 @@ def _check(costs: ModelCosts, devices: Sequence[Device], chunk_tokens: int) -> N
         raise ConfigError("no device was given; at least 1 is needed")
     if len(devices) > costs.layers:
         raise ConfigError(
-            f"{len(devices)} devices for {costs.layers} layers: each stage needs a layer, "
-            f"use at most {costs.layers} devices"
+            f"{len(devices)} stages, one a device, for {costs.layers} layers: each needs a layer, "
+            f"use at most {costs.layers}"
         )
     for device in devices:
         if device.free_bytes < 1:

@@ -241,6 +241,16 @@ def test_a_prompt_that_fills_the_context_leaves_no_room_to_answer() -> None:
     assert error_of(World().complete("x" * 4095))["code"] == "context_length_exceeded"
 
 
+def test_a_request_that_bans_every_token_is_refused() -> None:
+    """Nothing that would pass by itself: clients try a 503 again."""
+    everything = list(range(260))
+    banning = World().complete(stop_token_ids=everything, min_tokens=1, max_tokens=2)
+    assert (banning.status_code, error_of(banning)["param"]) == (400, "stop_token_ids")
+    assert World().complete(stop_token_ids=everything, max_tokens=2).status_code == 200
+    but_one = World().complete(stop_token_ids=everything[:-1], min_tokens=1, ignore_eos=True)
+    assert but_one.status_code == 200
+
+
 def test_min_tokens_beyond_max_tokens_is_refused() -> None:
     assert error_of(World().complete(max_tokens=2, min_tokens=3))["param"] == "min_tokens"
 

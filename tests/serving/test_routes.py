@@ -85,6 +85,16 @@ def test_pieces_show_parts_of_characters_as_bytes() -> None:
     ]
 
 
+@pytest.mark.parametrize("path", ["/health", "/health/ready", "/v1/models", "/version"])
+def test_head_is_get_without_a_body(path: str) -> None:
+    """Health checks ask that way."""
+    world = World()
+    bare, whole = world.request("HEAD", path), world.get(path)
+    assert (bare.status_code, bare.content) == (whole.status_code, b"")
+    assert bare.headers["content-length"] == whole.headers["content-length"]
+    assert world.request("HEAD", "/v1/completions").status_code == 405
+
+
 def test_tokenize_says_how_many_and_how_many_fit() -> None:
     body = World().post("/tokenize", {"content": "hi"}).json()
     assert (body["count"], body["max_model_len"]) == (2, 4096)

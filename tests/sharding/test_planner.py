@@ -244,7 +244,7 @@ def test_weights_that_do_not_fit_name_the_stage_and_what_it_lacks() -> None:
 
 def test_more_devices_than_layers_are_refused() -> None:
     """A stage without layers has no work."""
-    with pytest.raises(ConfigError, match="3 devices for 2 layers.*at most 2"):
+    with pytest.raises(ConfigError, match="3 stages.* for 2 layers.*at most 2"):
         make_plan(costs_of((1, 1)), sizes(9000, 9000, 9000), 16)
 
 
