@@ -47,6 +47,9 @@ class _Running:
     done: int = 0
     passed: int = 0
 
+    def __post_init__(self) -> None:
+        self.stops = frozenset(self.request.sampling.stop_ids)
+
     @property
     def prefilling(self) -> bool:
         return self.left > 0
@@ -290,6 +293,6 @@ def _finish_reason(entry: _Running) -> str | None:
     request = entry.request
     if entry.done < len(request.prompt):
         return None
-    if entry.drawn and entry.drawn[-1] in request.sampling.stop_ids:
+    if entry.drawn and entry.drawn[-1] in entry.stops:
         return STOP
     return LENGTH if len(entry.drawn) >= request.max_tokens else None

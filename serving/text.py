@@ -109,7 +109,7 @@ class AnswerText:
         self.drawn = 0
         self.finish_reason: FinishReason | None = None
         self._decoder = tokenizer.incremental(skip_special=skip, continues=True)
-        self._sampling = sampling
+        self._sampling, self._stop_ids = sampling, frozenset(sampling.stop_ids)
         self._matcher = StopMatcher(stops)
         self._pending = ""  # decoded, not yet handed out
         self._length = 0  # characters decoded
@@ -121,7 +121,7 @@ class AnswerText:
         sends: tokens behind a stop string are neither counted nor shown."""
         for choice in event.tokens:
             self.drawn += 1
-            if choice.token in self._sampling.stop_ids:
+            if choice.token in self._stop_ids:
                 break  # it ends the answer and is no part of it
             self._append(self._decoder.push(choice.token), choice)
             if self._cut is not None:
