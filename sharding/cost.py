@@ -136,6 +136,13 @@ class ModelCosts:
             total -= self.tied_bytes
         return total
 
+    def work(self, start: int, stop: int) -> int:
+        """How long layers `[start, stop)` take, in no unit. All layers take as long as another; the
+        embedding takes nothing, and the head counts half: a decoded token needs it, a chunk of a
+        prompt does not."""
+        layers = 2 * (stop - start) * (sum(self.layer_bytes) // self.layers)
+        return layers + (self.output_bytes if stop == self.layers else 0)
+
 
 def model_costs(
     shape: ModelShape,

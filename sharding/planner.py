@@ -7,11 +7,12 @@ same costs and devices give the same plan everywhere, and `longspan plan` needs 
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import cache
-from math import lcm
+from math import inf, lcm
 
 from sharding.batch import CHUNK, PAGE_SLOTS
 from sharding.cost import ModelCosts, activation_bytes, buffer_bytes
@@ -75,8 +76,9 @@ def make_plan(
     kv_tokens: int,
     chunk_tokens: int = CHUNK,
 ) -> Plan:
-    """Cut the layers into one stage per device, in the given order, so that the fullest device is
-    as empty as it can be (the largest `total_bytes / free_bytes` is least).
+    """Cut the layers into one stage per device, in the given order: of the splits that fit, one
+    whose slowest stage has the least work, since a pipeline is as fast as that; of those one whose
+    fullest device is as empty as it can be (the largest `total_bytes / free_bytes` is least).
 
     `kv_tokens` is rounded up to whole pages. Among equals the second fullest device decides, and so
     on; then earlier stages get fewer layers. Extra layers belong on later stages: later chunks of a
@@ -87,10 +89,10 @@ def make_plan(
     _check(costs, devices, chunk_tokens)
     if kv_tokens < 1:
         raise ConfigError(f"a context of {kv_tokens} tokens was asked for; it must be at least 1")
-    plan = _best(_Demand(costs, kv_tokens, chunk_tokens), devices)
-    if any(stage.headroom_bytes < 0 for stage in plan.stages):
-        raise _does_not_fit(costs, devices, plan, chunk_tokens)
-    return plan
+    demand = _Demand(costs, kv_tokens, chunk_tokens)
+    if not _any_fits(demand, devices):
+        raise _does_not_fit(costs, devices, _best(demand, devices), chunk_tokens)
+    return _best(demand, devices, _least_work(demand, devices))
 
 
 def largest_context(costs: ModelCosts, devices: Sequence[Device], chunk_tokens: int = CHUNK) -> int:
@@ -163,8 +165,9 @@ _Split = tuple[tuple[int, ...], tuple[int, ...]]
 splits is the smaller tuple."""
 
 
-def _best(demand: _Demand, devices: Sequence[Device]) -> Plan:
-    """The best split, whether or not it fits, by dynamic programming from the last stage back.
+def _best(demand: _Demand, devices: Sequence[Device], most_work: float = inf) -> Plan:
+    """The best split into stages of at most `most_work`, which there must be, whether or not it
+    fits; by dynamic programming from the last stage back.
 
     `best[start]` is the best way to put layers `[start, layers)` on the stages from `index` on. A
     share is multiplied by the least common multiple of all sizes: exact integers, no rounding.
@@ -174,41 +177,58 @@ def _best(demand: _Demand, devices: Sequence[Device]) -> Plan:
     for index in reversed(range(len(devices))):
         scale, after = common // devices[index].free_bytes, best
         starts = range(index, max(after)) if index else range(1)
-        best = {start: _best_from(demand, start, scale, after) for start in starts}
+        found = ((start, _best_from(demand, start, scale, after, most_work)) for start in starts)
+        best = {start: split for start, split in found if split is not None}
     starts_of = best[0][1]
     stages = map(demand.stage, devices, starts_of, (*starts_of[1:], layers))
     return Plan(tuple(stages), demand.context, demand.kv_tokens, PAGE_SLOTS)
 
 
-def _best_from(demand: _Demand, start: int, scale: int, after: Mapping[int, _Split]) -> _Split:
+def _best_from(
+    demand: _Demand, start: int, scale: int, after: Mapping[int, _Split], most_work: float
+) -> _Split | None:
     """The best split of layers `[start, layers)`, given the best of what comes `after` a stage
-    that begins at `start`."""
+    that begins at `start`; None if work allows none."""
     found: _Split | None = None
     for stop in range(max(start + 1, min(after)), max(after) + 1):
         share = demand.total_bytes(start, stop) * scale
-        if found is not None and share > found[0][0]:
-            break  # the fullest already, and every later stop makes it fuller
-        shares, starts = after[stop]
-        split = tuple(sorted((*shares, share), reverse=True)), (start, *starts)
-        found = split if found is None else min(found, split)
-    assert found is not None, "every start leaves a layer for each later stage"
+        if demand.costs.work(start, stop) > most_work or (found and share > found[0][0]):
+            break  # too much, or the fullest already; and every later stop makes it more
+        if stop in after:
+            shares, starts = after[stop]
+            split = tuple(sorted((*shares, share), reverse=True)), (start, *starts)
+            found = split if found is None else min(found, split)
     return found
 
 
-def _any_fits(demand: _Demand, devices: Sequence[Device]) -> bool:
-    """Whether any split fits, in one pass over the layers per device.
+def _least_work(demand: _Demand, devices: Sequence[Device]) -> int:
+    """Of the slowest stage, over all splits that fit; one does."""
+    layers, work = demand.costs.layers, demand.costs.work
+    possible = {work(0, count) for count in range(1, layers)}
+    possible |= {work(layers - count, layers) for count in range(1, layers + 1)}
+    ordered = sorted(possible)
+    return ordered[bisect_left(ordered, True, key=lambda most: _any_fits(demand, devices, most))]
+
+
+def _any_fits(demand: _Demand, devices: Sequence[Device], most_work: float = inf) -> bool:
+    """Whether any split into stages of at most `most_work` fits, in one pass over the layers per
+    device.
 
     `ends`: where the stages so far can end, ascending. A stage that starts later reaches at least
     as far, so the farthest end only moves forward. An end that leaves too few layers for the stages
     to come dies out by itself.
     """
-    layers = demand.costs.layers
+    layers, work = demand.costs.layers, demand.costs.work
     ends = [0]
     for device in devices:
         starts, ends, far = ends, [], 0
         for start in starts:
             far = max(far, start)
-            while far < layers and demand.total_bytes(start, far + 1) <= device.free_bytes:
+            while (
+                far < layers
+                and work(start, far + 1) <= most_work
+                and demand.total_bytes(start, far + 1) <= device.free_bytes
+            ):
                 far += 1
                 ends.append(far)
     return layers in ends

@@ -79,12 +79,13 @@ def problems(draw: st.DrawFn) -> tuple[ModelCosts, list[Device], int]:
 
 def all_splits(
     costs: ModelCosts, devices: list[Device], kv_tokens: int
-) -> Iterator[tuple[list[Fraction], list[int]]]:
-    """Every split's shares by falling size, and its layer counts; written without the planner."""
+) -> Iterator[tuple[list[Fraction], list[int], int]]:
+    """Every split's shares by falling size, its layer counts, and the most work of a stage, twice
+    the layers' mean size and once the head's; written without the planner."""
     slots = (kv_tokens + PAGE_SLOTS - 1) // PAGE_SLOTS * PAGE_SLOTS
     layers = len(costs.layer_bytes)
     for cuts in combinations(range(1, layers), len(devices) - 1):
-        shares, counts = [], []
+        shares, counts, most_work = [], [], 0
         for device, start, stop in zip(devices, (0, *cuts), (*cuts, layers), strict=True):
             used = sum(costs.layer_bytes[start:stop]) + (stop - start) * slots * 2 * 8 * 2
             used += costs.embedding_bytes if start == 0 else 0
@@ -94,7 +95,9 @@ def all_splits(
             used += buffer_bytes(costs.shape, 1)
             shares.append(Fraction(used, device.free_bytes))
             counts.append(stop - start)
-        yield sorted(shares, reverse=True), counts
+            work = 2 * (stop - start) * (sum(costs.layer_bytes) // layers)
+            most_work = max(most_work, work + (costs.output_bytes if stop == layers else 0))
+        yield sorted(shares, reverse=True), counts, most_work
 
 
 def layer_counts(plan: Plan) -> list[int]:
@@ -115,10 +118,13 @@ def plan_or_none(costs: ModelCosts, devices: list[Device], kv_tokens: int) -> Pl
 def test_a_plan_is_the_best_of_all_splits_and_exists_if_one_fits(
     problem: tuple[ModelCosts, list[Device], int],
 ) -> None:
-    """A greedy cut fills one device while another idles, or refuses what fits."""
-    shares, counts = min(all_splits(*problem))
+    """A greedy cut fills one device while another idles, or refuses what fits; one by bytes alone
+    leaves most of the work to one stage."""
+    splits = all_splits(*problem)
+    fitting = [(work, shares, counts) for shares, counts, work in splits if shares[0] <= 1]
     plan = plan_or_none(*problem)
-    assert (plan is not None) == (shares[0] <= 1)
+    assert (plan is not None) == bool(fitting)
+    _, shares, counts = min(fitting, default=(0, [], []))
     if plan is not None:
         assert layer_counts(plan) == counts
         found = [Fraction(stage.total_bytes, stage.device.free_bytes) for stage in plan.stages]
@@ -183,9 +189,16 @@ def test_uneven_devices_get_uneven_layers() -> None:
     assert first > 2 * second
 
 
+def test_memory_that_is_not_needed_does_not_unbalance_the_work() -> None:
+    """A GPU of which another job holds three quarters: the pipeline would be as slow as what the
+    other one gets."""
+    plan = make_plan(COSTS_7B, [Device("whole", 80 * GIB), Device("rest", 20 * GIB)], 4096)
+    assert layer_counts(plan) == [16, 16]
+
+
 def test_ties_leave_the_extra_layer_to_the_later_stage() -> None:
     """Later chunks of a prompt are dearer, so an extra layer delays less on a late stage."""
-    costs = replace(costs_of((100,) * 5), shape=replace(SMALL, layers=5, vocab=0))
+    costs = replace(costs_of((100,) * 5), shape=replace(SMALL, layers=5, vocab=0), output_bytes=0)
     assert layer_counts(make_plan(costs, sizes(90_000, 90_000), 16, 1)) == [2, 3]
 
 
