@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import msgspec
@@ -198,9 +198,14 @@ class SocketPipeline:
             end.close()
 
 
-def serve_stage(stage: Stage, upstream: Edge, downstream: Edge) -> None:
+def serve_stage(
+    stage: Stage,
+    upstream: Edge,
+    downstream: Edge,
+    spent: Callable[[float], None] = lambda step_s: None,
+) -> None:
     """Work for the pipeline until an edge ends: then close the other, so that all neighbours learn
-    of it.
+    of it. `spent` hears how long each step took.
 
     Raises `PipelineError`, of which `DeviceLostError` says that this process is of no use any more;
     it never returns.
@@ -210,6 +215,7 @@ def serve_stage(stage: Stage, upstream: Edge, downstream: Edge) -> None:
             frame = upstream.receive()
             envelope = decode(frame.meta, _envelopes)
             hidden, passed = forward_envelope(stage, envelope, frame.hidden)
+            spent(passed.stage_s[-1])
             kind = RESULT if isinstance(passed, Result) else ENVELOPE
             try:
                 downstream.send(kind, frame.step, _encode(passed), hidden)

@@ -34,7 +34,7 @@ from actors.shares import (
     shares_of,
     threads_of,
 )
-from actors.stage_actor import JOIN_TIMEOUT_S, Joint, RemoteStage
+from actors.stage_actor import JOIN_TIMEOUT_S, LEAVE_TIMEOUT_S, Joint, RemoteStage
 from actors.stats import StageStats
 from actors.transport import Listener, connect
 from sharding.errors import (
@@ -194,6 +194,7 @@ class RayStages:
         addresses = _get(
             [actor.listen.remote(tcp) for actor, tcp in zip(self._actors, over_tcp, strict=True)],
             "opening the edges",
+            LEAVE_TIMEOUT_S + _CALL_TIMEOUT_S,
         )
         back = Listener(None if nodes[-1] == here else ray.util.get_node_ip_address())
         try:

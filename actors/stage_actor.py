@@ -30,6 +30,7 @@ from sharding.stage_spec import StageSpec
 log = logging.getLogger("longspan.stage")
 
 JOIN_TIMEOUT_S = 30.0
+LEAVE_TIMEOUT_S = 600.0
 _DEVICE_TIMEOUT_S = 10.0
 
 
@@ -53,6 +54,7 @@ class StageActor:
         self._listener: Listener | None = None
         self._edges: list[Edge] = []
         self._worker: threading.Thread | None = None
+        self._longest_step_s = 0.0
 
     def facts(self, kernels: str) -> NodeFacts:
         """Where it runs, on which device it would compute with that kernel set and what memory is
@@ -115,13 +117,16 @@ class StageActor:
             upstream = listener.accept(joint.secret, joint.epoch, JOIN_TIMEOUT_S)
             self._edges.append(upstream)
             listener.close()
-            serve_stage(stage, upstream, downstream)
+            serve_stage(stage, upstream, downstream, self._note_step)
         except DeviceLostError as error:
             self._end(str(error))
         except PipelineError as error:
             log.info("stage %d left epoch %d: %s", self._number, joint.epoch, error)
         finally:
             downstream.close()
+
+    def _note_step(self, step_s: float) -> None:
+        self._longest_step_s = max(self._longest_step_s, step_s)
 
     def _end(self, reason: str) -> NoReturn:
         """Without anything that would still wait for the device; Ray tells the engine."""
@@ -135,11 +140,11 @@ class StageActor:
         if self._listener is not None:
             self._listener.close()
         if self._worker is not None:
-            self._worker.join(JOIN_TIMEOUT_S)
+            # One that is slow by nature does not hang: deep in a prompt steps become longer still.
+            patience_s = min(max(JOIN_TIMEOUT_S, 3 * self._longest_step_s), LEAVE_TIMEOUT_S)
+            self._worker.join(patience_s)
             if self._worker.is_alive():
-                raise StageError(
-                    f"stage {self._number} still computes after {JOIN_TIMEOUT_S:.0f} s"
-                )
+                raise StageError(f"stage {self._number} still computes after {patience_s:.0f} s")
 
     def stats(self) -> StageStats:
         """Its books."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
+import time
 
 import msgspec
 import pytest
@@ -129,6 +130,29 @@ def test_a_survivor_joins_again(monkeypatch: pytest.MonkeyPatch) -> None:
     first = actor.listen(over_tcp=False)
     assert actor.listen(over_tcp=False) != first
     actor._leave()
+
+
+def test_a_step_that_is_long_by_nature_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large models on CPUs: a neighbour's death must not cost the healthy stages too."""
+    monkeypatch.setattr(stage_actor, "JOIN_TIMEOUT_S", 0.05)
+    actor = StageActor(0)
+    front, upstream, downstream, back = edges()
+    stage = failing_stage(monkeypatch, lost=False)
+
+    def slow(*_: object) -> torch.Tensor:
+        time.sleep(0.4)
+        return torch.zeros(1, 64)
+
+    monkeypatch.setattr(stage._layers, "run", slow)
+    send(front, 1)
+    front.close()
+    with pytest.raises(PeerLostError):
+        serve_stage(stage, upstream, downstream, actor._note_step)
+    back.close()
+    actor._worker = threading.Thread(target=time.sleep, args=(0.6,))
+    actor._worker.start()
+    actor._leave()
+    assert not actor._worker.is_alive()
 
 
 class CompilerError(Exception):
