@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import secrets
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from actors.shares import (
     Share,
     bundles_of,
     devices_of,
+    free_of,
     shares_of,
     threads_of,
 )
@@ -54,6 +56,7 @@ from sharding.stage_spec import StageSpec
 
 _PLACE_TIMEOUT_S = 60.0
 _CALL_TIMEOUT_S = 60.0
+_SETTLE_S = 5.0
 _PING_TIMEOUT_S = 5.0
 _POLL_S = 0.2
 
@@ -115,7 +118,9 @@ class RayStages:
 
     def _place(self, report: Callable[[float, str], None]) -> str:
         """Start the stages on what the cluster has; which kernels they compute with."""
-        wanted, machines = self._config.wanted.kernels, _machines()
+        ours = bool(self._actors)
+        self._release()
+        wanted, machines = self._config.wanted.kernels, _machines(_SETTLE_S if ours else 0.0)
         kernels = _choose(wanted, machines)
         try:
             self._start_all(kernels, machines)
@@ -240,9 +245,17 @@ class RayStages:
             self._group = None
 
 
-def _machines() -> list[Machine]:
+def _machines(patience_s: float) -> list[Machine]:
+    """What nobody holds; what ends just now has so long to let go."""
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return [Machine(int(has.get("CPU", 0)), int(has.get("GPU", 0))) for has in alive]
+    machines = [Machine(int(has.get("CPU", 0)), int(has.get("GPU", 0))) for has in alive]
+    until = time.monotonic() + patience_s
+    while True:
+        free = ray.available_resources()
+        found = free_of(machines, free.get("CPU", 0.0), free.get("GPU", 0.0))
+        if found == machines or time.monotonic() >= until:
+            return found
+        time.sleep(_POLL_S)
 
 
 def _choose(kernels: str, machines: Sequence[Machine]) -> str:
@@ -270,9 +283,10 @@ def _reserve(bundles: Sequence[dict[str, float]]) -> PlacementGroup:
         remove_placement_group(group)
         free = ray.available_resources().get(name, 0)
         if name == "GPU":
-            remedy = "see `ray status` for who holds them, add nodes, or use --kernels cpu"
+            fewer = f"use --stages {int(free)}, " if free >= 1 else ""
+            remedy = f"see `ray status` for who holds them, {fewer}add nodes, or use --kernels cpu"
         else:
-            remedy = "use fewer --stages or --threads, or add nodes"
+            remedy = "use fewer --threads, or add nodes"
         raise DoesNotFitError(
             f"{len(bundles)} times {amount:g} {name}s found no place in {_PLACE_TIMEOUT_S:.0f} s: "
             f"{free:g} of {there:g} {name}s are free; {remedy}",

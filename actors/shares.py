@@ -45,6 +45,27 @@ class NodeFacts:
     device: DeviceFacts
 
 
+def free_of(machines: Sequence[Machine], cpus: float, gpus: float) -> list[Machine]:
+    """The machines without what others hold, `cpus` and `gpus` being free in all. Ray does not say
+    where: the largest machine is thought to have the least left. With nothing free all counts, so
+    that the refusal says who is in the way."""
+    return [
+        Machine(*has)
+        for has in zip(
+            _less([machine.cpus for machine in machines], int(cpus)),
+            _less([machine.gpus for machine in machines], int(gpus)),
+            strict=True,
+        )
+    ]
+
+
+def _less(amounts: Sequence[int], free: int) -> list[int]:
+    left = list(amounts)
+    while 0 < free < sum(left):
+        left[left.index(max(left))] -= 1
+    return left
+
+
 def shares_of(machines: Sequence[Machine], stages: int, on_gpus: bool) -> list[Share]:
     """The most of a device for each stage so that all find room, none across devices.
 

@@ -47,7 +47,7 @@ class ForgedStages(RayStages):
         self.reported: list[str] = []
         self._error = error
         monkeypatch.setattr(placement, "built_for_gpus", lambda: True)
-        monkeypatch.setattr(placement, "_machines", lambda: [Machine(8, 2)])
+        monkeypatch.setattr(placement, "_machines", lambda patience_s: [Machine(8, 2)])
         monkeypatch.setattr(placement, "_reserve", self.reserved.append)
         monkeypatch.setattr(placement, "_get", get)
         monkeypatch.setattr(placement, "_end_the_silent", lambda actors: [True, False])
@@ -73,7 +73,11 @@ def test_auto_computes_on_cpus_where_no_gpu_can_be_used(
     assert stages.reserved == [[{"GPU": 1}] * 2, [{"CPU": 4}] * 2]
     assert "stages compute on CPUs: Tesla K80 has 3.7" in caplog.text
     assert "no GPU can be used: Tesla K80 has 3.7" in stages.reported[-1]
-    assert stages.held == [False, True]  # the actors on GPUs were ended before others started
+    assert stages.held == [
+        False,
+        False,
+        True,
+    ]  # the actors on GPUs were ended before others started
 
 
 def test_a_gpu_that_was_asked_for_is_not_replaced_by_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

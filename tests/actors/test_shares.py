@@ -7,7 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors import placement
-from actors.shares import Machine, NodeFacts, Share, bundles_of, devices_of, shares_of, threads_of
+from actors.shares import (
+    Machine,
+    NodeFacts,
+    Share,
+    bundles_of,
+    devices_of,
+    free_of,
+    shares_of,
+    threads_of,
+)
 from sharding.errors import ConfigError
 from sharding.kernels import DeviceFacts, cpu_kernels
 
@@ -30,6 +39,24 @@ def test_cores_are_divided_over_the_stages(nodes: list[int], stages: int, cpus: 
     shares = shares_of(machines(nodes), stages, on_gpus=False)
     assert shares == [Share(stage, cpus) for stage in range(stages)]
     assert bundles_of(shares) == [{"CPU": cpus}] * stages
+
+
+@pytest.mark.parametrize(
+    ("there", "free", "left"),
+    [
+        ([(8, 4)], (8.0, 4.0), [(8, 4)]),
+        ([(8, 4)], (7.0, 3.0), [(7, 3)]),
+        ([(8, 4)], (8.0, 3.5), [(8, 3)]),  # half a GPU is nobody's whole one
+        ([(8, 0), (2, 2)], (7.0, 1.0), [(5, 0), (2, 1)]),
+        ([(8, 2)], (0.0, 0.0), [(8, 2)]),
+    ],
+)
+def test_what_others_hold_is_not_planned_with(
+    there: list[tuple[int, int]], free: tuple[float, float], left: list[tuple[int, int]]
+) -> None:
+    """Four stages on four GPUs of which one is taken share the other three."""
+    found = free_of([Machine(*each) for each in there], *free)
+    assert [(machine.cpus, machine.gpus) for machine in found] == left
 
 
 @given(st.lists(st.integers(1, 64), min_size=1, max_size=5), st.integers(1, 64))
