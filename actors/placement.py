@@ -108,8 +108,12 @@ class RayStages:
         try:
             for stage in repair.replace:
                 self._actors[stage] = self._start(stage)
-                asked = self._actors[stage].facts.remote(self._specs[stage].kernels)
-                self._facts[stage] = _get([asked], f"asking stage {stage}")[0]
+            asked = [
+                self._actors[stage].facts.remote(self._specs[stage].kernels)
+                for stage in repair.replace
+            ]
+            for stage, facts in zip(repair.replace, _get(asked, "asking the nodes"), strict=True):
+                self._facts[stage] = facts
             self._load(repair.replace, report)
         except (ConfigError, ModelFileError) as error:
             # The same options and file worked before: it is the machine, and that may come back.

@@ -13,9 +13,8 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from itertools import islice
 
-from actors.pages import PagePool
+from actors.pages import PagePool, pages_for
 from actors.request import LENGTH, STOP, Event, GenerateRequest, Sink
 from sharding.batch import (
     CHUNK,
@@ -49,6 +48,11 @@ class _Running:
 
     def __post_init__(self) -> None:
         self.stops = frozenset(self.request.sampling.stop_ids)
+
+    @property
+    def tokens(self) -> int:
+        """That its KV has room for."""
+        return len(self.request.prompt) + self.request.max_tokens
 
     @property
     def prefilling(self) -> bool:
@@ -119,7 +123,7 @@ class Scheduler:
                 f"prompt and {request.max_tokens} for the answer; shorten either",
                 "prompt" if prompt >= most else "max_tokens",
             )
-        if len(self._waiting) >= self.limits.max_waiting:
+        if len(self._waiting) >= self.limits.max_waiting and not self._all_fit(total):
             raise BusyError(f"{len(self._waiting)} requests wait already; try again later")
         assert request.prompt, "serving lets no empty prompt through"
         assert request.request_id not in self._entries, f"{request.request_id} is running"
@@ -128,6 +132,12 @@ class Scheduler:
         self._entries[request.request_id] = entry
         self._waiting.append(entry)
         sink(Event())
+
+    def _all_fit(self, tokens: int) -> bool:
+        """Whether those who wait only do until the next step, and so would one of so many tokens:
+        there is memory for all."""
+        pages = sum(pages_for(entry.tokens) for entry in self._waiting)
+        return pages + pages_for(tokens) <= self.pool.free
 
     def cancel(self, request_id: str) -> None:
         """Forget a request and free its pages on every stage; unknown ids are fine."""
@@ -170,13 +180,14 @@ class Scheduler:
         for ever: after `MOST_PASSING` of them it is next."""
         opened: list[Opened] = []
         first: _Running | None = None
-        for entry in list(islice(self._waiting, MOST_PASSING)):
-            if first is not None and first.passed >= MOST_PASSING:
+        tried = 0
+        for entry in list(self._waiting):
+            if first is not None and max(first.passed, tried) >= MOST_PASSING:
                 break
             prompt = entry.request.prompt
-            pages = self.pool.reserve(entry.number, len(prompt) + entry.request.max_tokens)
+            pages = self.pool.reserve(entry.number, entry.tokens)
             if pages is None:
-                first = first or entry
+                first, tried = first or entry, tried + 1
                 continue
             if first is not None:
                 first.passed += 1
@@ -192,7 +203,10 @@ class Scheduler:
         would leave all stages but one idle.
         """
         decoding = sum(1 for entry in self._running.values() if entry.drawn)
-        share = min(self.limits.chunk, -(-decoding // self.limits.in_flight))
+        reading = any(entry.prefilling for entry in self._running.values())
+        # A quarter stays for prompts: with answers enough they would never be read.
+        most = self.limits.chunk - self.limits.chunk // 4 * reading
+        share = min(most, -(-decoding // self.limits.in_flight))
         ready = [entry for entry in self._running.values() if entry.decodable][:share]
         segments = []
         for entry in ready:

@@ -219,7 +219,7 @@ class Listener:
             self.address = Address(path=path)
         else:
             with _lost_peer(f"listening at {host}"):
-                self._sock = socket.create_server((host, 0))
+                self._sock = socket.create_server((host, 0), family=_family(host))
             self.address = Address(host=host, port=self._sock.getsockname()[1])
         self._sock.listen(8)
 
@@ -243,11 +243,18 @@ class Listener:
         self._sock.close()
 
 
+def _family(host: str) -> socket.AddressFamily:
+    """Ray names hosts by their addresses, of either kind."""
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
 def connect(address: Address, secret: bytes, epoch: int, timeout_s: float = 10.0) -> Edge:
     """Open an edge to a listener. Raises `PeerLostError`."""
     where = repr(address.path) if address.path else f"{address.host}:{address.port}"
-    family = socket.AF_INET if address.path is None else socket.AF_UNIX
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock = socket.socket(
+        socket.AF_UNIX if address.path is not None else _family(address.host or ""),
+        socket.SOCK_STREAM,
+    )
     sock.settimeout(timeout_s)
     try:
         sock.connect((address.host, address.port) if address.path is None else address.path)

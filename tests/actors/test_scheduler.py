@@ -119,11 +119,33 @@ def test_a_request_that_can_never_run_is_refused_with_both_numbers() -> None:
 
 
 def test_too_many_waiting_requests_are_refused() -> None:
-    scheduler = Scheduler(Limits(context=64, pages=4, in_flight=1, max_waiting=2))
+    scheduler = Scheduler(Limits(context=64, pages=2, in_flight=1, max_waiting=2))
     for name in "ab":
         scheduler.submit(ask(name, 4, 4), lambda event: None)
     with pytest.raises(BusyError):
         scheduler.submit(ask("c", 4, 4), lambda event: None)
+
+
+def test_a_burst_that_memory_holds_is_not_refused() -> None:
+    """All of it is admitted by the next step, which may be a long one away."""
+    scheduler = Scheduler(Limits(context=64, pages=12, in_flight=1, max_waiting=2))
+    for number in range(12):
+        scheduler.submit(ask(str(number), 4, 4), lambda event: None)
+    with pytest.raises(BusyError):
+        scheduler.submit(ask("one more", 4, 4), lambda event: None)
+    scheduler.next_step()
+    assert (scheduler.running, scheduler.waiting) == (12, 0)
+
+
+def test_prompts_are_read_however_many_answer() -> None:
+    scheduler = Scheduler(Limits(context=4096, pages=1024, in_flight=1, chunk=8))
+    for number in range(12):
+        scheduler.submit(ask(str(number), 1, 900), lambda event: None)
+    drive(scheduler, steps=20)
+    heard: list[Event] = []
+    scheduler.submit(ask("question", 10, 1), heard.append)
+    drive(scheduler, steps=10)
+    assert sum(len(event.tokens) for event in heard) == 1
 
 
 def test_a_failed_batch_ends_its_requests_and_no_others() -> None:

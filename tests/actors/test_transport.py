@@ -40,6 +40,16 @@ def joined(epoch: int = 0) -> Iterator[tuple[Edge, Edge]]:
         right.close()
 
 
+def test_neighbours_meet_on_addresses_of_either_kind() -> None:
+    for host in ("127.0.0.1", "::1"):
+        with contextlib.closing(Listener(host)) as listener:
+            caller = connect(listener.address, SECRET, 3)
+            with contextlib.closing(listener.accept(SECRET, 3, 5.0)) as edge:
+                caller.send(2, 9, b"x")
+                assert edge.receive().meta == b"x"
+            caller.close()
+
+
 @settings(max_examples=30)
 @given(
     rows=st.integers(1, 40),
