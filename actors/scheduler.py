@@ -2,7 +2,7 @@
 
 The engine calls `next_step` while the pipeline has room and `apply` for each result; in between
 requests come (`submit`) and go (`cancel`). No clock, no threads, no tensors: the same calls give
-the same steps.
+the same steps. How long steps took is in their results.
 
 A request waits until KV for prompt and answer is reserved on all stages, then its prompt enters in
 chunks (several may be in flight: chunk k+1 needs nothing back from chunk k), then it has one token
@@ -12,6 +12,7 @@ in flight at a time.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from actors.pages import PagePool, pages_for
@@ -27,7 +28,8 @@ from sharding.batch import (
 )
 from sharding.errors import BusyError, ContextLengthError
 
-_MOST_PRICE = 4.0
+_STEP_S = 0.25
+_TIMED_TOKENS = 16  # fewer take as long as one
 
 MOST_PASSING = 32
 """Requests that may be admitted before an older one that needs more memory than is free."""
@@ -102,6 +104,7 @@ class Scheduler:
         self._entries: dict[str, _Running] = {}
         self._next_number = 0
         self._closed: list[int] = []
+        self._token_s = 0.0  # of a prompt; 0 until one was read
 
     @property
     def waiting(self) -> int:
@@ -170,6 +173,7 @@ class Scheduler:
             for segment in batch.segments:
                 self._fail(segment.request, result.error)
             return
+        self._time(batch, result.stage_s)
         for segment, found in zip(batch.segments, result.segments, strict=True):
             entry = self._running.get(segment.request)
             if entry is not None:
@@ -226,15 +230,12 @@ class Scheduler:
         shorter = [entry for entry in reading[1:] if 2 * entry.left <= reading[0].left]
         shorter.sort(key=lambda entry: entry.left)
         takes = dict.fromkeys((entry.number for entry in reading), 0)
-        given = 0.0
+        budget, given = self._in_time(max(0, budget), reading[0]), 0
         for entries, most in ((shorter, budget // 2), (reading, budget)):
             for entry in entries:
-                price, room = self._price(entry), most - given
-                if room > 0:
-                    wanted = entry.left - takes[entry.number]
-                    more = min(wanted, max(1, int(room / price)))
-                    takes[entry.number] += more
-                    given += more * price
+                more = max(0, min(most - given, entry.left - takes[entry.number]))
+                takes[entry.number] += more
+                given += more
         segments = []
         for entry in reading:
             if takes[entry.number]:
@@ -242,13 +243,29 @@ class Scheduler:
                 entry.sent += takes[entry.number]
         return segments
 
-    def _price(self, entry: _Running) -> float:
-        """How much longer than at its beginning a prompt's token takes now, where that makes
-        others wait for their next token: a step's length is what they feel. Down to a quarter of a
-        chunk; smaller ones would cost the prompt too much."""
-        if not any(other.drawn for other in self._running.values()):
-            return 1.0
-        return min(_MOST_PRICE, 1.0 + entry.sent / self.limits.even_depth)
+    def _in_time(self, budget: int, oldest: _Running) -> int:
+        """So many tokens of a prompt that a step takes `_STEP_S` on a stage, where others wait for
+        their next token: as many steps as are in flight are what they feel. But no fewer than a
+        sixteenth of a chunk, since small ones cost the prompt much."""
+        answering = any(entry.drawn for entry in self._running.values())
+        if not (answering and self._token_s):
+            return budget
+        tokens = int(_STEP_S / (self._token_s * self._price(oldest.sent)))
+        return min(budget, max(1, self.limits.chunk // 16, tokens))
+
+    def _price(self, depth: float) -> float:
+        """How much longer a prompt's token takes there than at its beginning."""
+        return 1.0 + depth / self.limits.even_depth
+
+    def _time(self, batch: Batch, stage_s: Sequence[float]) -> None:
+        """Learn what a prompt's token takes at its beginning, on the slowest stage."""
+        prompts = [segment for segment in batch.segments if len(segment.tokens) >= _TIMED_TOKENS]
+        tokens = sum(
+            len(each.tokens) * self._price(each.start + len(each.tokens) / 2) for each in prompts
+        )
+        if tokens and stage_s:
+            found = max(stage_s) / tokens
+            self._token_s = (self._token_s + found) / 2 if self._token_s else found
 
     def _advance(self, entry: _Running, segment: Segment, found: SegmentResult) -> None:
         if found.error is not None:

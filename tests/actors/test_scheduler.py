@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 
 from actors.request import Event, GenerateRequest
 from actors.scheduler import MOST_PASSING, Limits, Scheduler
-from sharding.batch import PAGE_SLOTS, Batch, Choice, Result, SamplingParams, SegmentResult
+from sharding.batch import (
+    PAGE_SLOTS,
+    Batch,
+    Choice,
+    Result,
+    SamplingParams,
+    Segment,
+    SegmentResult,
+)
 from sharding.errors import BusyError, ContextLengthError
 
 
@@ -211,21 +219,34 @@ def test_short_prompts_without_end_take_half_of_the_budget_at_most() -> None:
     assert sum(len(event.tokens) for event in heard) == 1
 
 
-def test_a_deep_prompt_takes_shorter_steps_while_another_answers() -> None:
-    """What an answer's reader feels is how long a step takes, and that grows with depth."""
+def test_steps_are_short_in_time_while_others_answer() -> None:
+    """What the reader of an answer feels is how long the steps before its next token take, and a
+    prompt's tokens take the longer the deeper they are."""
+    limits = Limits(context=8192, pages=1024, in_flight=1, chunk=512, even_depth=1000)
 
-    def deepest_chunks(answers: int) -> list[int]:
-        limits = Limits(context=4096, pages=1024, in_flight=1, chunk=101, even_depth=1000)
+    def seconds(segment: Segment) -> float:
+        return len(segment.tokens) * 0.001 * (1 + segment.start / 1000)
+
+    def chunks(answers: int) -> list[tuple[int, float]]:
+        """Tokens and time of each of the book's."""
         scheduler = Scheduler(limits)
         scheduler.submit(ask("answer", 1, 1 + answers), lambda event: None)
-        scheduler.submit(ask("book", 3900, 0), lambda event: None)
-        batches = drive(scheduler)
-        return [len(s.tokens) for batch in batches for s in batch.segments if s.start > 200]
+        scheduler.submit(ask("book", 7900, 0), lambda event: None)
+        found = []
+        while (batch := scheduler.next_step()) is not None:
+            times = [seconds(segment) for segment in batch.segments]
+            result = answer(batch)
+            result.stage_s[:] = [0.001, sum(times)]
+            scheduler.apply(batch, result)
+            sizes = [len(segment.tokens) for segment in batch.segments]
+            found += [each for each in zip(sizes, times, strict=True) if each[0] > 1]
+        return found
 
-    alone, beside = deepest_chunks(0), deepest_chunks(190)
-    assert set(alone[:-1]) == {101}
-    assert beside[0] > beside[5] > beside[20] >= 25
-    assert min(beside[:-1]) == 25, "a quarter is the least"
+    assert {size for size, _ in chunks(0)[1:-1]} == {512}
+    _, *beside = chunks(240)
+    assert max(time for _, time in beside) < 0.4
+    assert beside[0][0] > 2 * beside[-2][0], "deep in the book fewer tokens take as long"
+    assert min(size for size, _ in beside[:-1]) >= 512 // 16
 
 
 def test_small_requests_pass_one_that_waits_for_memory_but_not_for_ever() -> None:
