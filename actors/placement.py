@@ -122,9 +122,8 @@ class RayStages:
 
     def _place(self, report: Callable[[float, str], None]) -> str:
         """Start the stages on what the cluster has; which kernels they compute with."""
-        ours = bool(self._actors)
         self._release()
-        wanted, machines = self._config.wanted.kernels, _machines(_SETTLE_S if ours else 0.0)
+        wanted, machines = self._config.wanted.kernels, _machines()
         kernels = _choose(wanted, machines)
         try:
             self._start_all(kernels, machines)
@@ -249,11 +248,11 @@ class RayStages:
             self._group = None
 
 
-def _machines(patience_s: float) -> list[Machine]:
-    """What nobody holds; what ends just now has so long to let go."""
+def _machines() -> list[Machine]:
+    """What nobody holds; former stages of ours, or of a replica that died, may be letting go."""
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     machines = [Machine(int(has.get("CPU", 0)), int(has.get("GPU", 0))) for has in alive]
-    until = time.monotonic() + patience_s
+    until = time.monotonic() + _SETTLE_S
     while True:
         free = ray.available_resources()
         found = free_of(machines, free.get("CPU", 0.0), free.get("GPU", 0.0))

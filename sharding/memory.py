@@ -73,9 +73,9 @@ def _groups(proc: Path) -> Iterator[tuple[Path, Path, int]]:
         elif "memory" in controllers.split(","):
             groups[1] = path
     for line in _lines(proc / "self" / "mountinfo"):
-        before, _, after = line.partition(" - ")
-        root, mount = before.split()[3:5]
-        kind, _, options = after.split(maxsplit=2)
+        fields, _, described = line.partition(" - ")
+        _, _, _, root, mount, *_ = [*fields.split(), *5 * [""]]
+        kind, _, options, *_ = [*described.split(), *3 * [""]]
         memory = kind == "cgroup" and "memory" in options.split(",")
         version = 2 if kind == "cgroup2" else 1 if memory else 0
         if version in groups:

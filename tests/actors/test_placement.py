@@ -47,7 +47,7 @@ class ForgedStages(RayStages):
         self.reported: list[str] = []
         self._error = error
         monkeypatch.setattr(placement, "built_for_gpus", lambda: True)
-        monkeypatch.setattr(placement, "_machines", lambda patience_s: [Machine(8, 2)])
+        monkeypatch.setattr(placement, "_machines", lambda: [Machine(8, 2)])
         monkeypatch.setattr(placement, "_reserve", self.reserved.append)
         monkeypatch.setattr(placement, "_get", get)
         monkeypatch.setattr(placement, "_end_the_silent", lambda actors: [True, False])

@@ -61,6 +61,8 @@ NO_LIMIT = ((1 << 63) - 4096) // MIB
     ("cgroup", "mountinfo", "groups", "expected"),
     [
         ("", "", {}, MACHINE),
+        ("0::/\n", "", {}, MACHINE),
+        ("0::/\n", "30 25 0:26 / {tmp}/cg rw\n\n30 - cgroup2\n", {}, MACHINE),
         # A container with a namespace of its own sees its group at the top.
         ("0::/\n", UNIFIED, two("cg", "1000", 400, 150), 750),
         ("0::/\n", UNIFIED, two("cg", "max", 400), MACHINE),
