@@ -29,7 +29,10 @@ from sharding.batch import (
 from sharding.errors import BusyError, ContextLengthError
 
 _STEP_S = 0.25
-_TIMED_TOKENS = 16  # fewer take as long as one
+_TIMED_TOKENS = 16  # a step of fewer takes as long as one of one token
+
+LEAST_CHUNK = 2
+"""Tokens of a step: one of a prompt beside one of an answer."""
 
 MOST_PASSING = 32
 """Requests that may be admitted before an older one that needs more memory than is free."""
@@ -209,7 +212,7 @@ class Scheduler:
         decoding = sum(1 for entry in self._running.values() if entry.drawn)
         reading = any(entry.prefilling for entry in self._running.values())
         # A quarter stays for prompts: with answers enough they would never be read.
-        most = self.limits.chunk - self.limits.chunk // 4 * reading
+        most = self.limits.chunk - max(1, self.limits.chunk // 4) * reading
         share = min(most, -(-decoding // self.limits.in_flight))
         ready = [entry for entry in self._running.values() if entry.decodable][:share]
         segments = []
@@ -251,21 +254,28 @@ class Scheduler:
         if not (answering and self._token_s):
             return budget
         tokens = int(_STEP_S / (self._token_s * self._price(oldest.sent)))
-        return min(budget, max(1, self.limits.chunk // 16, tokens))
+        return min(budget, max(self._fewest, tokens))
+
+    @property
+    def _fewest(self) -> int:
+        """Prompt tokens of a step that has as few as can be."""
+        return max(2, self.limits.chunk // 16)
 
     def _price(self, depth: float) -> float:
         """How much longer a prompt's token takes there than at its beginning."""
         return 1.0 + depth / self.limits.even_depth
 
     def _time(self, batch: Batch, stage_s: Sequence[float]) -> None:
-        """Learn what a prompt's token takes at its beginning, on the slowest stage."""
-        prompts = [segment for segment in batch.segments if len(segment.tokens) >= _TIMED_TOKENS]
-        tokens = sum(
+        """Learn what a prompt's token takes at its beginning, on the slowest stage; from steps of
+        the fewest tokens too, or one slow step would make all later ones small."""
+        prompts = [segment for segment in batch.segments if len(segment.tokens) > 1]
+        count = sum(len(segment.tokens) for segment in prompts)
+        if not stage_s or count < min(_TIMED_TOKENS, self._fewest):
+            return
+        found = max(stage_s) / sum(
             len(each.tokens) * self._price(each.start + len(each.tokens) / 2) for each in prompts
         )
-        if tokens and stage_s:
-            found = max(stage_s) / tokens
-            self._token_s = (self._token_s + found) / 2 if self._token_s else found
+        self._token_s = (self._token_s + found) / 2 if self._token_s else found
 
     def _advance(self, entry: _Running, segment: Segment, found: SegmentResult) -> None:
         if found.error is not None:

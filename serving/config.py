@@ -23,6 +23,7 @@ from pydantic import (
     model_validator,
 )
 
+from actors.scheduler import LEAST_CHUNK
 from sharding.errors import ConfigError
 
 MOST_CHUNK = 16384
@@ -70,7 +71,7 @@ class ServeConfig(BaseModel):
     )
     chunk: int | None = Field(
         default=None,
-        ge=1,
+        ge=LEAST_CHUNK,
         le=MOST_CHUNK,
         description="Most tokens of a step, prompt chunks and decoded tokens together; default: "
         "512 on CPUs, 4096 on GPUs",

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.request import Event, GenerateRequest
-from actors.scheduler import MOST_PASSING, Limits, Scheduler
+from actors.scheduler import LEAST_CHUNK, MOST_PASSING, Limits, Scheduler
 from sharding.batch import (
     PAGE_SLOTS,
     Batch,
@@ -145,11 +145,12 @@ def test_a_burst_that_memory_holds_is_not_refused() -> None:
     assert (scheduler.running, scheduler.waiting) == (12, 0)
 
 
-def test_prompts_are_read_however_many_answer() -> None:
-    scheduler = Scheduler(Limits(context=4096, pages=1024, in_flight=1, chunk=8))
+@pytest.mark.parametrize("chunk", [LEAST_CHUNK, 3, 8])
+def test_prompts_are_read_however_many_answer(chunk: int) -> None:
+    scheduler = Scheduler(Limits(context=4096, pages=1024, in_flight=1, chunk=chunk))
     for number in range(12):
         scheduler.submit(ask(str(number), 1, 900), lambda event: None)
-    drive(scheduler, steps=20)
+    drive(scheduler, steps=40)
     heard: list[Event] = []
     scheduler.submit(ask("question", 10, 1), heard.append)
     drive(scheduler, steps=10)
@@ -247,6 +248,38 @@ def test_steps_are_short_in_time_while_others_answer() -> None:
     assert max(time for _, time in beside) < 0.4
     assert beside[0][0] > 2 * beside[-2][0], "deep in the book fewer tokens take as long"
     assert min(size for size, _ in beside[:-1]) >= 512 // 16
+
+
+def test_many_short_prompts_share_a_step() -> None:
+    """What a token takes is the step's time over all of its tokens, not over some of them."""
+    scheduler = Scheduler(Limits(context=4096, pages=1024, in_flight=1, chunk=512))
+    scheduler.submit(ask("answer", 1, 200), lambda event: None)
+    sizes = []
+    for step in range(12):
+        for number in range(20):
+            scheduler.submit(ask(f"{step} {number}", 15 + (number == 0), 0), lambda event: None)
+        batch = scheduler.next_step()
+        assert batch is not None
+        sizes.append(sum(len(segment.tokens) for segment in batch.segments))
+        result = answer(batch)
+        result.stage_s[:] = [0.0003 * sizes[-1]]
+        scheduler.apply(batch, result)
+    assert min(sizes[1:]) >= 300
+
+
+@pytest.mark.parametrize("chunk", [16, 128, 512])
+def test_one_slow_step_does_not_make_all_later_ones_small(chunk: int) -> None:
+    scheduler = Scheduler(Limits(context=32768, pages=4096, in_flight=1, chunk=chunk))
+    scheduler.submit(ask("answer", 1, 4000), lambda event: None)
+    scheduler.submit(ask("book", 32768, 0), lambda event: None)
+    sizes: list[int] = []
+    while (batch := scheduler.next_step()) is not None and len(sizes) < 40:
+        sizes.append(sum(len(segment.tokens) for segment in batch.segments))
+        result = answer(batch)
+        result.stage_s[:] = [60.0 if len(sizes) == 3 else 0.002 + 0.0002 * sizes[-1]]
+        scheduler.apply(batch, result)
+    assert min(sizes[3:]) < chunk / 2, "the slow step was noticed"
+    assert sizes[-1] == chunk
 
 
 def test_small_requests_pass_one_that_waits_for_memory_but_not_for_ever() -> None:
