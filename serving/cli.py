@@ -17,6 +17,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from actors.scheduler import LEAST_CHUNK
 from serving.config import MOST_CHUNK, load_config
 from serving.fetch import MODELS, resolve_model
 from serving.fetch import fetch as fetch_model
@@ -45,7 +46,7 @@ KernelSet = Annotated[
 Chunk = Annotated[
     int | None,
     typer.Option(
-        min=1,
+        min=LEAST_CHUNK,
         max=MOST_CHUNK,
         help="Most tokens of a step; default: 512 on CPUs, 4096 on GPUs.",
     ),
