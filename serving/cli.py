@@ -148,7 +148,7 @@ def generate(
     path = resolve_model(model, report=_say)
     _warn_untrained(path, context)
     sampling = SamplingParams(temperature=temperature, top_p=top_p, seed=seed)
-    wanted = Wanted(context, kernels=_known_kernels(kernels))
+    wanted = Wanted(context, kernels=_known_kernels(kernels), contexts=1)
     with LocalModel(path, stages, wanted, threads) as local:
         generation = Generation(local, text, max_tokens, sampling)
         for piece in generation.pieces():

@@ -63,6 +63,7 @@ class ModelPlan:
 class Wanted:
     """What a user asked for; None leaves it to the model and the memory.
 
+    `contexts`: how many of them the KV holds, if memory allows, where `kv_tokens` is None.
     `kernels` "auto" is a CPU's set here; whoever can look for GPUs decides before.
     """
 
@@ -70,13 +71,14 @@ class Wanted:
     kv_tokens: int | None = None
     kernels: str = "auto"
     chunk: int | None = None
+    contexts: int = CONTEXTS_HELD
 
 
 def plan_model(file: GGUFFile, devices: Sequence[Device], wanted: Wanted) -> ModelPlan:
     """Divide the model of a file over devices.
 
     By default the context is the one the model was trained for, or what fits; the KV holds
-    `CONTEXTS_HELD` of them, or what fits. Raises `DoesNotFitError` with the largest context that
+    `wanted.contexts` of them, or what fits. Raises `DoesNotFitError` with the largest context that
     would, `ModelFileError`.
     """
     shape = read_shape(file.metadata)
@@ -88,7 +90,7 @@ def plan_model(file: GGUFFile, devices: Sequence[Device], wanted: Wanted) -> Mod
     costs = model_costs(shape, file.tensors, RESIDENT[kernels], workspace_bytes)
     largest = largest_context(costs, devices, chunk)
     context = wanted.context or max(1, min(shape.train_context, largest))
-    kv_tokens = wanted.kv_tokens or max(context, min(largest, CONTEXTS_HELD * context))
+    kv_tokens = wanted.kv_tokens or max(context, min(largest, wanted.contexts * context))
     if kv_tokens < context:
         raise ConfigError(
             f"kv_tokens of {kv_tokens} cannot hold one context of {context}; "
