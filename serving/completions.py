@@ -150,6 +150,9 @@ class _Echo:
             given if isinstance(given, str) else tokenizer.decode(given, skip_special=self._skip)
         )
         self._prompt = job.requests[index].prompt
+        # What the tokenizer puts around a text is not part of it.
+        text, length = isinstance(given, str), len(self._prompt)
+        self._inner = range(text and tokenizer.add_bos, length - (text and tokenizer.add_eos))
         self._scored = job.requests[index].prompt_logprobs is not None
         self._scores: list[Choice] = []
         self._tokenizer = tokenizer
@@ -179,13 +182,10 @@ class _Echo:
         if not self._scored:
             return None
         decoder, offset, offsets = self._tokenizer.incremental(skip_special=self._skip), 0, []
-        for token in self._prompt:
+        for place, token in enumerate(self._prompt):
             offsets.append(min(offset, len(self.text)))
             said = decoder.push(token)
-            # What the tokenizer puts around a text is not part of it.
-            around = token in (self._tokenizer.bos_id, self._tokenizer.eos_id)
-            if not around or self.text.startswith(said, offset):
-                offset += len(said)
+            offset += len(said) if place in self._inner else 0
         return _as_lists(self._tokenizer, [Choice(self._prompt[0]), *self._scores], offsets)
 
 

@@ -75,6 +75,9 @@ class Tokenizer(Protocol):
     def add_bos(self) -> bool: ...
 
     @property
+    def add_eos(self) -> bool: ...
+
+    @property
     def chat_template(self) -> str | None: ...
 
     def encode(

@@ -68,10 +68,10 @@ class Tokenizer:
     encoding releases the interpreter lock and takes time linear in the text.
 
     `bos_id`, `eos_id`: the tokens that begin and end a text, if the file names them. `stop_ids`:
-    the tokens that end an answer (end of text, turn or message), eos first. `add_bos`: whether
-    `encode` puts `bos_id` first when `add_special` is set. `most_bytes`: no token stands for more
-    bytes of a text. `chat_template`: source of the file's Jinja template, untrusted code: render
-    it in a sandbox only.
+    the tokens that end an answer (end of text, turn or message), eos first. `add_bos`, `add_eos`:
+    whether `encode` puts `bos_id` first and `eos_id` last when `add_special` is set. `most_bytes`:
+    no token stands for more bytes of a text. `chat_template`: source of the file's Jinja template,
+    untrusted code: render it in a sandbox only.
     """
 
     def __init__(self, metadata: Metadata, vocab: _Vocab, model: BPE) -> None:
@@ -83,6 +83,7 @@ class Tokenizer:
         self.eos_id: Final = _token_id(metadata, "eos", self.vocab_size)
         self.stop_ids: Final = _stop_ids(metadata, vocab.ids)
         self.add_bos: Final = bool(vocab.begin)
+        self.add_eos: Final = bool(vocab.end)
         self.most_bytes: Final = max(len(token.encode()) for token in vocab.tokens)
         self.chat_template: Final = _optional_text(metadata, "tokenizer.chat_template")
 

@@ -35,6 +35,7 @@ class ByteTokenizer:
     vocab_size = 260
     most_bytes = 12
     add_bos = True
+    add_eos = False
 
     def __init__(self, chat_template: str | None = None) -> None:
         self.chat_template = chat_template

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import pytest
+
 from actors.request import LENGTH, Event, GenerateRequest
 from tests.serving.fakes import ACCEPTED, BOS, Step, World, choices, error_of, saying, scored
 
@@ -62,9 +64,9 @@ def test_scores_of_prompt_and_answer_are_one_list() -> None:
     assert logprobs["top_logprobs"][4] == {"a": -9.7}
 
 
-def test_special_tokens_that_a_prompt_spells_out_have_their_place() -> None:
+@pytest.mark.parametrize("prompt", ["<|im_start|>hi<|im_end|><s>", "<s>hi", "<s>"])
+def test_special_tokens_that_a_prompt_spells_out_have_their_place(prompt: str) -> None:
     """Evaluations look there for where the answer begins."""
-    prompt = "<|im_start|>hi<|im_end|><s>"
     asked = World(scored).complete(prompt, echo=True, logprobs=0, max_tokens=2)
     choice = asked.json()["choices"][0]
     assert choice["text"] == prompt + "ab"

@@ -201,7 +201,7 @@ def test_begin_and_end_tokens_are_added_as_the_file_says(
     inner = tokenizer.encode("b", add_special=False)
     assert tokenizer.encode("b") == [*begin, *inner, *end]
     assert tokenizer.encode("") == [*begin, *end]
-    assert tokenizer.add_bos == bool(begin)
+    assert (tokenizer.add_bos, tokenizer.add_eos) == (bool(begin), bool(end))
 
 
 def test_stop_ids_are_eos_then_every_known_end_of_turn() -> None:
