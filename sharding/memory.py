@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -79,7 +80,7 @@ def _groups(proc: Path) -> Iterator[tuple[Path, Path, int]]:
         memory = kind == "cgroup" and "memory" in options.split(",")
         version = 2 if kind == "cgroup2" else 1 if memory else 0
         if version in groups:
-            yield Path(mount), _below(groups[version], root), version
+            yield Path(_unescaped(mount)), _below(groups[version], _unescaped(root)), version
 
 
 def _below(path: str, root: str) -> Path:
@@ -91,8 +92,15 @@ def _below(path: str, root: str) -> Path:
     return group.relative_to(top)
 
 
+def _unescaped(path: str) -> str:
+    """A mount's path; the kernel writes a blank, and what else would end it, in octal."""
+    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), path)
+
+
 def _lines(file: Path) -> list[str]:
+    """Paths need not be UTF-8; no line where there is no file."""
     try:
-        return file.read_text().splitlines()
+        lines = file.read_text("utf-8", "surrogateescape").split("\n")
     except OSError:
         return []
+    return [line for line in lines if line]

@@ -60,7 +60,9 @@ def _memory_to_fit(spec: StageSpec) -> Iterator[None]:
     """Says what was being loaded when memory ended; who finds it full is not who filled it."""
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError) as error:
+    except (MemoryError, RuntimeError) as error:
+        if not _tells_of_memory(error):
+            raise
         said = str(error).split("\n")[0]
         raise DoesNotFitError(
             f"no memory left for layers [{spec.start}, {spec.stop}) with KV of "
@@ -68,6 +70,12 @@ def _memory_to_fit(spec: StageSpec) -> Iterator[None]:
             "end what else uses memory",
             max_context=0,
         ) from error
+
+
+def _tells_of_memory(error: Exception) -> bool:
+    """torch has a class for a GPU's memory only: its allocator for CPUs says it in words."""
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or "DefaultCPUAllocator" in str(error)
 
 
 class Stage:

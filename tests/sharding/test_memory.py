@@ -22,8 +22,8 @@ def machine(
     proc = tmp_path / "proc"
     (proc / "self").mkdir(parents=True)
     (proc / "meminfo").write_text(f"MemTotal: 1 kB\nMemAvailable: {MACHINE * 1024} kB\n")
-    (proc / "self" / "cgroup").write_text(cgroup)
-    (proc / "self" / "mountinfo").write_text(mountinfo.format(tmp=tmp_path))
+    for name, text in {"cgroup": cgroup, "mountinfo": mountinfo.format(tmp=tmp_path)}.items():
+        (proc / "self" / name).write_text(text, "utf-8", "surrogateescape")
     for name, text in (groups or {}).items():
         file = tmp_path / name
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -82,6 +82,13 @@ NO_LIMIT = ((1 << 63) - 4096) // MIB
         ),
         # A container without a namespace: its path is the host's, its mount begins there.
         ("2:memory:/docker/77\n", OLD.replace("ROOT", "/docker/77"), one("mem", 300, 100), 200),
+        # Names that are no UTF-8, or that end lines elsewhere; a mount with a blank in its path.
+        (
+            "1:name=\udcff\x85:/\n0::/a\x0bb\n",
+            UNIFIED.replace("/cg ", r"/c\040g ") + "33 25 0:29 / /\udce4 rw - tmpfs tmpfs rw\n",
+            two("c g/a\x0bb", "900", 100),
+            800,
+        ),
     ],
 )
 def test_the_least_of_all_limits(

@@ -206,8 +206,21 @@ def test_a_vocabulary_size_that_contradicts_the_embedding_is_refused() -> None:
         load_stages(file, 1)
 
 
+def refused() -> Exception:
+    """What torch says when there is no memory for a tensor on a CPU."""
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(1 << 50)
+    return raised.value
+
+
 @pytest.mark.parametrize(
-    "error", [MemoryError("std::bad_alloc"), torch.OutOfMemoryError("CUDA out of memory.\nSee")]
+    "error",
+    [
+        MemoryError("std::bad_alloc"),
+        torch.OutOfMemoryError("CUDA out of memory.\nSee"),
+        refused(),
+    ],
+    ids=["kernels", "gpu", "cpu"],
 )
 def test_memory_that_ends_while_a_stage_loads_is_said(
     error: Exception, monkeypatch: pytest.MonkeyPatch
