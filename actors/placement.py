@@ -93,9 +93,10 @@ class RayStages:
         config = self._config
         report(0.0, f"placing {config.stages} stages")
         kernels = self._place(report)
-        with GGUFFile.open(config.model) as file:
-            wanted = replace(config.wanted, kernels=kernels)
-            self._plan = plan_model(file, devices_of(self._facts), wanted)
+        try:
+            self._plan = self._planned(kernels)
+        except DoesNotFitError as error:
+            self._plan = self._planned_wider(kernels, error, report)
         self._specs = stage_specs(str(config.model), self._plan)
         self._load(range(config.stages), report)
         return self._join(0)
@@ -108,6 +109,7 @@ class RayStages:
         try:
             for stage in repair.replace:
                 self._actors[stage] = self._start(stage)
+            self._check_open()
             asked = [
                 self._actors[stage].facts.remote(self._specs[stage].kernels)
                 for stage in repair.replace
@@ -136,15 +138,37 @@ class RayStages:
             self._start_all(kernels, machines)
         return kernels
 
-    def _start_all(self, kernels: str, machines: Sequence[Machine]) -> None:
+    def _planned(self, kernels: str) -> ModelPlan:
+        with GGUFFile.open(self._config.model) as file:
+            wanted = replace(self._config.wanted, kernels=kernels)
+            return plan_model(file, devices_of(self._facts), wanted)
+
+    def _planned_wider(
+        self, kernels: str, misfit: DoesNotFitError, report: Callable[[float, str], None]
+    ) -> ModelPlan:
+        """Start the stages again on more nodes, for their memory; raises `misfit` where all are in
+        use, as GPUs always are."""
+        used = len({facts.node_id for facts in self._facts})
+        nodes = sum("CPU" in has for has in _alive())
+        if kernels == "triton" or used >= min(self._config.stages, nodes):
+            raise misfit
+        report(0.0, f"placing stages on more than {used} nodes, for their memory")
+        self._release()
+        self._start_all(kernels, _machines(), wide=True)
+        try:
+            return self._planned(kernels)
+        except DoesNotFitError as wider:
+            raise max(misfit, wider, key=lambda error: error.max_context) from None
+
+    def _start_all(self, kernels: str, machines: Sequence[Machine], wide: bool = False) -> None:
         self._release()
         on_gpus, threads = kernels == "triton", self._config.threads
-        shares = shares_of(machines, self._config.stages, on_gpus)
+        shares = shares_of(machines, self._config.stages, on_gpus, wide)
         # More threads than cores is a choice, not a reservation that could find no place.
         self._shares = [replace(each, cpus=min(each.cpus, threads or each.cpus)) for each in shares]
-        self._group = _reserve(bundles_of(self._shares))
-        self._check_open()
+        self._group = _reserve(bundles_of(self._shares), "SPREAD" if wide else "PACK")
         self._actors = [self._start(stage) for stage in range(len(shares))]
+        self._check_open()
         self._facts = self._ask_all(kernels)
         if on_gpus:  # again: every process that looked at its GPU has taken some of it by now
             self._facts = self._ask_all(kernels)
@@ -242,16 +266,20 @@ class RayStages:
     def _release(self) -> None:
         for actor in self._actors:
             ray.kill(actor)
-        self._actors = []
+        # The list stays: whoever is in the middle of it, on another thread, finds actors that died.
         if self._group is not None:
             remove_placement_group(self._group)
             self._group = None
 
 
+def _alive() -> list[dict[str, float]]:
+    """What each node has in all."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
 def _machines() -> list[Machine]:
     """What nobody holds; former stages of ours, or of a replica that died, may be letting go."""
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    machines = [Machine(int(has.get("CPU", 0)), int(has.get("GPU", 0))) for has in alive]
+    machines = [Machine(int(has.get("CPU", 0)), int(has.get("GPU", 0))) for has in _alive()]
     until = time.monotonic() + _SETTLE_S
     while True:
         free = ray.available_resources()
@@ -276,12 +304,13 @@ def _choose(kernels: str, machines: Sequence[Machine]) -> str:
     return cpu_kernels()
 
 
-def _reserve(bundles: Sequence[dict[str, float]]) -> PlacementGroup:
-    """All bundles, on as few nodes as hold them. Raises `DoesNotFitError`."""
+def _reserve(bundles: Sequence[dict[str, float]], strategy: str) -> PlacementGroup:
+    """All bundles, on as few nodes as hold them ("PACK") or as many ("SPREAD"). Raises
+    `DoesNotFitError`."""
     (name, amount), *_ = bundles[0].items()
-    there = sum(node["Resources"].get(name, 0) for node in ray.nodes() if node["Alive"])
+    there = sum(has.get(name, 0) for has in _alive())
     log.info("reserving %d times %g %ss of %g", len(bundles), amount, name, there)
-    group = placement_group([*bundles], strategy="PACK")
+    group = placement_group([*bundles], strategy=strategy)
     if not group.wait(_PLACE_TIMEOUT_S):
         remove_placement_group(group)
         free = ray.available_resources().get(name, 0)

@@ -66,14 +66,18 @@ def _less(amounts: Sequence[int], free: int) -> list[int]:
     return left
 
 
-def shares_of(machines: Sequence[Machine], stages: int, on_gpus: bool) -> list[Share]:
-    """The most of a device for each stage so that all find room, none across devices.
+def shares_of(
+    machines: Sequence[Machine], stages: int, on_gpus: bool, wide: bool = False
+) -> list[Share]:
+    """The most of a device for each stage so that all find room, none across devices; `wide`: so
+    that as many machines as can have a stage, which takes memory where cores alone would not.
 
     A GPU's stage reserves no cores: it only starts kernels. Raises `ConfigError` if there are no
     GPUs.
     """
     if not on_gpus:
-        cpus = _most_cpus([machine.cpus for machine in machines], stages)
+        nodes = [machine.cpus for machine in machines]
+        cpus = _even_cpus(nodes, stages) if wide else _most_cpus(nodes, stages)
         return [Share(stage, cpus) for stage in range(stages)]
     gpus = sum(machine.gpus for machine in machines)
     if not gpus:
@@ -103,6 +107,13 @@ def _most_cpus(cpus_per_node: Sequence[int], stages: int) -> float:
         if sum(node // cpus for node in cpus_per_node) >= stages:
             return cpus
     return _rounded_down(1 / -(-stages // max(1, sum(cpus_per_node))))
+
+
+def _even_cpus(cpus_per_node: Sequence[int], stages: int) -> float:
+    """The same with stages dealt out to the nodes in turn, the largest first."""
+    used = sorted(filter(None, cpus_per_node), reverse=True)[:stages]
+    least, most_stages = used[-1], -(-stages // len(used))
+    return float(least // most_stages) or _rounded_down(least / most_stages)
 
 
 def _rounded_down(share: float) -> float:

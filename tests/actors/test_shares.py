@@ -59,12 +59,25 @@ def test_what_others_hold_is_not_planned_with(
     assert [(machine.cpus, machine.gpus) for machine in found] == left
 
 
-@given(st.lists(st.integers(1, 64), min_size=1, max_size=5), st.integers(1, 64))
-def test_every_stage_finds_room(nodes: list[int], stages: int) -> None:
+@pytest.mark.parametrize(
+    ("nodes", "stages", "cpus"),
+    [([16, 4], 2, 4), ([4, 16, 2], 2, 4), ([16, 6], 4, 3), ([8, 1], 4, 1 / 2), ([0, 8], 2, 4)],
+)
+def test_more_nodes_may_have_stages_than_hold_the_cores(
+    nodes: list[int], stages: int, cpus: float
+) -> None:
+    assert shares_of(machines(nodes), stages, False, wide=True)[0].cpus == cpus
+
+
+@given(st.lists(st.integers(1, 64), min_size=1, max_size=5), st.integers(1, 64), st.booleans())
+def test_every_stage_finds_room(nodes: list[int], stages: int, wide: bool) -> None:
     """As Ray counts: in parts of ten thousand, rounded."""
-    cpus = shares_of(machines(nodes), stages, on_gpus=False)[0].cpus
+    cpus = shares_of(machines(nodes), stages, False, wide)[0].cpus
     assert cpus > 0
-    assert sum(node * 10_000 // round(cpus * 10_000) for node in nodes) >= stages
+    room = [node * 10_000 // round(cpus * 10_000) for node in nodes]
+    assert sum(room) >= stages
+    if wide:
+        assert sum(map(bool, room)) >= min(stages, len(nodes))
 
 
 @pytest.mark.parametrize(
