@@ -24,7 +24,7 @@ from tests.stages import chunked_logits, load_stages
 
 pytestmark = [pytest.mark.peer, pytest.mark.slow]
 
-TOKENS = 512
+TOKENS = 384
 ENGLISH = Path(__file__).parent.parent / "data" / "english.txt"
 
 

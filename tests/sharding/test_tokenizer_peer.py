@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import random
 import unicodedata
-import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import gguf
 import numpy as np
@@ -107,18 +108,19 @@ def _llama_cpp(model: Path) -> Iterator[Tokenize]:
     params.cpuparams.n_threads = params.n_threads_http = 1
     params.warmup, params.ui, params.verbosity = False, False, -1
     server = xllamacpp.Server(params)
-    url = f"{server.listening_address}/tokenize"
+    # One connection for all texts: opening one takes longer than to tokenise.
+    connection = HTTPConnection(urlsplit(server.listening_address).netloc)
 
     def tokenize(text: str, add_special: bool, parse_special: bool) -> list[int]:
         body = {"content": text, "add_special": add_special, "parse_special": parse_special}
         headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-        with urllib.request.urlopen(request) as answer:
-            tokens: list[int] = json.load(answer)["tokens"]
-            return tokens
+        connection.request("POST", "/tokenize", json.dumps(body), headers)
+        tokens: list[int] = json.load(connection.getresponse())["tokens"]
+        return tokens
 
     try:
-        yield tokenize
+        with closing(connection):
+            yield tokenize
     finally:
         del server  # its destructor stops the threads and closes the port
 

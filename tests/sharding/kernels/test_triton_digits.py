@@ -21,8 +21,7 @@ def same_products(found: Digits, x_TI: torch.Tensor) -> bool:
     return bool(((one - other).abs() <= 2.0**-19 * size_TO).all()) and bool(one.any())
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 16])
-@pytest.mark.parametrize("width", [32, 576, 992])
+@pytest.mark.parametrize(("tokens", "width"), [(1, 32), (16, 32), (3, 576), (1, 992), (16, 992)])
 def test_digits_after_a_norm_and_a_gate(tokens: int, width: int) -> None:
     x_TI, scale_I = normal(tokens, width).to(DEVICE), normal(width, seed=1).to(DEVICE)
     normed = KERNELS.products.normed_digits(x_TI, scale_I, 1e-5)
