@@ -8,8 +8,8 @@
 // One or two tokens: weights are decoded in registers as they stream by. More: a panel is decoded
 // to float32 in the cache once, and meets the tokens in tiles. Which way is taken changes no bit.
 
-// Of two panels, decoded at a time: 16 KiB, half a first-level cache.
-constexpr int DECODED_COLUMNS = 128;
+// Decoded at a time: 16 KiB, half a first-level cache.
+constexpr int DECODED_COLUMNS = 256 / TILE_PANELS;
 
 // Activations as kernels want them: tiles of N tokens, chunk by chunk [N][32], times 2^-excess; and
 // one number a group [N], the sum of its activations (times -offset where the format has one).
