@@ -152,13 +152,13 @@ class RayStages:
         nodes = sum("CPU" in has for has in _alive())
         if kernels == "triton" or used >= min(self._config.stages, nodes):
             raise misfit
-        report(0.0, f"placing stages on more than {used} nodes, for their memory")
+        report(0.0, "placing stages on more nodes, for their memory")
         self._release()
         self._start_all(kernels, _machines(), wide=True)
         try:
             return self._planned(kernels)
         except DoesNotFitError as wider:
-            raise max(misfit, wider, key=lambda error: error.max_context) from None
+            raise max(wider, misfit, key=lambda error: error.max_context) from None
 
     def _start_all(self, kernels: str, machines: Sequence[Machine], wide: bool = False) -> None:
         self._release()
