@@ -36,6 +36,7 @@ from actors.shares import (
     shares_of,
     threads_of,
 )
+from actors.spares import Spares
 from actors.stage_actor import JOIN_TIMEOUT_S, LEAVE_TIMEOUT_S, Joint, RemoteStage
 from actors.stats import StageStats
 from actors.transport import Listener, connect
@@ -86,6 +87,7 @@ class RayStages:
         self._specs: list[StageSpec] = []
         self._plan: ModelPlan | None = None
         self._shares: list[Share] = []
+        self._spares = Spares()
         self._closed = False
 
     def open(self, report: Callable[[float, str], None]) -> ReadyPipeline:
@@ -108,7 +110,8 @@ class RayStages:
         repair = plan_repair(self._epoch, _end_the_silent(self._actors))
         try:
             for stage in repair.replace:
-                self._actors[stage] = self._start(stage)
+                spare = self._spares.take(self._facts[stage].node_id)
+                self._actors[stage] = spare or self._start(stage)
             self._check_open()
             asked = [
                 self._actors[stage].facts.remote(self._specs[stage].kernels)
@@ -182,7 +185,7 @@ class RayStages:
                 self._group, placement_group_bundle_index=share.bundle
             ),
         )
-        return options.remote(stage)
+        return options.remote()
 
     def _ask_all(self, kernels: str) -> list[NodeFacts]:
         return _get([actor.facts.remote(kernels) for actor in self._actors], "asking the nodes")
@@ -196,6 +199,7 @@ class RayStages:
         threads = self._config.threads
         pending = [
             self._actors[stage].load.remote(
+                stage,
                 self._specs[stage],
                 threads or threads_of(self._facts, self._shares[stage].cpus, stage),
             )
@@ -238,6 +242,7 @@ class RayStages:
             last = back.accept(secret, epoch, JOIN_TIMEOUT_S)
         finally:
             back.close()
+        self._spares.keep(nodes if self._plan.kernels != "triton" else ())
         pipeline = SocketPipeline(front, last, len(self._actors))
         return ReadyPipeline(pipeline, plan_limits(self._plan, self._config.max_waiting), epoch)
 
@@ -261,6 +266,7 @@ class RayStages:
     def close(self) -> None:
         """End the actors and give their resources back; an `open` under way gives up."""
         self._closed = True
+        self._spares.close()
         self._release()
 
     def _release(self) -> None:

@@ -44,10 +44,10 @@ class Joint:
 
 
 class StageActor:
-    """Stage number `number` of a pipeline."""
+    """A process that becomes stage number `number` of a pipeline once it has loaded it."""
 
-    def __init__(self, number: int) -> None:
-        self._number = number
+    def __init__(self) -> None:
+        self._number = -1
         self._progress = 0.0
         self._device = ""
         self._stage: Stage | None = None
@@ -67,11 +67,12 @@ class StageActor:
         node = ray.get_runtime_context().get_node_id()
         return NodeFacts(node, ray.util.get_node_ip_address(), device)
 
-    def load(self, spec: StageSpec, threads: int) -> None:
-        """Load the slice of the model and compute it on so many threads.
+    def load(self, number: int, spec: StageSpec, threads: int) -> None:
+        """Become stage `number`: load the slice of the model and compute it on so many threads.
 
         Raises `ModelFileError` (every node needs the file).
         """
+        self._number = number
         compute_first()
         use_threads(threads, spec.kernels)
         with GGUFFile.open(spec.model) as file:

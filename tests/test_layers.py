@@ -26,6 +26,7 @@ HOMES = {
     "torch": ("sharding.kernels*", "sharding.model.*", "sharding.stage", "actors.transport"),
     "ray": (
         "actors.placement",
+        "actors.spares",
         "actors.stage_actor",
         "serving.app",
         "serving.cluster",
@@ -48,7 +49,7 @@ LIGHT = (
 )
 """Modules that start neither torch nor Ray, not even through others: `longspan plan` answers at
 once."""
-NOT_LIGHT = ("actors.placement", "actors.stage_actor", "actors.transport")
+NOT_LIGHT = ("actors.placement", "actors.spares", "actors.stage_actor", "actors.transport")
 
 INITS_WITH_CODE = ("sharding.kernels",)
 """The one package whose `__init__.py` holds more than a docstring: the kernel contract."""

@@ -111,7 +111,7 @@ def test_a_process_with_a_lost_device_does_not_join_again(
     monkeypatch.setattr(stage_actor, "JOIN_TIMEOUT_S", 0.1)
     monkeypatch.setattr(stage_actor, "_DEVICE_TIMEOUT_S", 0.1)
     never = threading.Event()
-    actor = StageActor(0)
+    actor = StageActor()
     actor._stage = failing_stage(monkeypatch, lost=how == "not noticed")
     actor._stage.lost = how == "noticed"
     if how == "hangs":
@@ -125,7 +125,7 @@ def test_a_process_with_a_lost_device_does_not_join_again(
 
 
 def test_a_survivor_joins_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    actor = StageActor(0)
+    actor = StageActor()
     actor._stage = failing_stage(monkeypatch, lost=False)
     first = actor.listen(over_tcp=False)
     assert actor.listen(over_tcp=False) != first
@@ -135,7 +135,7 @@ def test_a_survivor_joins_again(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_step_that_is_long_by_nature_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Large models on CPUs: a neighbour's death must not cost the healthy stages too."""
     monkeypatch.setattr(stage_actor, "JOIN_TIMEOUT_S", 0.05)
-    actor = StageActor(0)
+    actor = StageActor()
     front, upstream, downstream, back = edges()
     stage = failing_stage(monkeypatch, lost=False)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
 from contextlib import closing
+from pathlib import Path
 
 import httpx
 import openai
@@ -170,6 +172,29 @@ def test_a_stage_that_stops_without_dying_is_replaced(served: Served) -> None:
     assert lost.json()["error"]["message"]
     wait_until(lambda: httpx.get(served.url + "/health/ready").status_code == 200, 60)
     assert httpx.post(served.url + "/v1/completions", json=body, timeout=60).status_code == 200
+
+
+def stage_processes() -> set[int]:
+    """Those that are a stage, or wait to become one; not what an earlier test stopped."""
+    found = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it ended
+            runs = "State:\tT" not in (folder / "status").read_text()
+            if runs and (folder / "cmdline").read_bytes().startswith(b"ray::StageActor"):
+                found.add(int(folder.name))
+    return found
+
+
+def test_what_replaces_a_stage_waits_already(served: Served) -> None:
+    """To start a process takes longer than all the rest of a repair."""
+    _, stages = served.deployment.pids()
+    wait_until(lambda: bool(stage_processes() - set(stages)), 60)
+    waiting, epoch = stage_processes() - set(stages), served.deployment.stats().epoch
+    os.kill(stages[1], signal.SIGKILL)
+    wait_until(lambda: served.deployment.stats().epoch > epoch, 60)
+    kept, replaced = served.deployment.pids()[1]
+    assert kept == stages[0]
+    assert replaced in waiting
 
 
 @pytest.mark.parametrize("who", ["first stage", "last stage", "engine"])
