@@ -242,7 +242,8 @@ class RayStages:
             last = back.accept(secret, epoch, JOIN_TIMEOUT_S)
         finally:
             back.close()
-        self._spares.keep(nodes if self._plan.kernels != "triton" else ())
+        with contextlib.suppress(RayError):  # without spares a repair only takes longer
+            self._spares.keep(nodes if self._plan.kernels != "triton" else ())
         pipeline = SocketPipeline(front, last, len(self._actors))
         return ReadyPipeline(pipeline, plan_limits(self._plan, self._config.max_waiting), epoch)
 
