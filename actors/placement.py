@@ -242,8 +242,7 @@ class RayStages:
             last = back.accept(secret, epoch, JOIN_TIMEOUT_S)
         finally:
             back.close()
-        with contextlib.suppress(RayError):  # without spares a repair only takes longer
-            self._spares.keep(nodes if self._plan.kernels != "triton" else ())
+        self._spares.keep_soon(nodes if self._plan.kernels != "triton" else ())
         pipeline = SocketPipeline(front, last, len(self._actors))
         return ReadyPipeline(pipeline, plan_limits(self._plan, self._config.max_waiting), epoch)
 
@@ -263,6 +262,7 @@ class RayStages:
         lost = [stage for stage, lives in enumerate(_end_the_silent(self._actors)) if not lives]
         if lost:
             raise PeerLostError(f"stage {lost[0]} does not answer")
+        self._spares.keep()  # nothing came back for a while: a good moment
 
     def close(self) -> None:
         """End the actors and give their resources back; an `open` under way gives up."""

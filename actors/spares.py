@@ -8,14 +8,20 @@ It has 180 MB of memory of its own.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterable
 
 import ray
 from ray.actor import ActorHandle
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.stage_actor import RemoteStage
+
+_AT_THE_LATEST_S = 60.0
+"""A spare that starts takes a core for seconds: not while the first requests are answered, if
+somebody finds a better moment."""
 
 
 class Spares:
@@ -24,19 +30,31 @@ class Spares:
     """
 
     def __init__(self) -> None:
+        self._nodes: frozenset[str] = frozenset()
         self._actors: dict[str, ActorHandle] = {}
         self._lock = threading.Lock()
+        self._timer: threading.Timer | None = None
         self._closed = False
 
-    def keep(self, nodes: Iterable[str]) -> None:
-        """Start those that are missing, and end those of other nodes."""
+    def keep_soon(self, nodes: Iterable[str]) -> None:
+        """These nodes should have one from the next `keep` on, which comes within a minute."""
         with self._lock:
+            self._nodes = frozenset(nodes)
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = threading.Timer(_AT_THE_LATEST_S, self.keep)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def keep(self) -> None:
+        """Start those that are missing, and end those of other nodes. Without them a repair only
+        takes longer, so nothing is raised."""
+        with self._lock, contextlib.suppress(RayError):
             if self._closed:
                 return
-            wanted = set(nodes)
-            for node in self._actors.keys() - wanted:
+            for node in self._actors.keys() - self._nodes:
                 ray.kill(self._actors.pop(node))
-            for node in wanted - self._actors.keys():
+            for node in self._nodes - self._actors.keys():
                 there = NodeAffinitySchedulingStrategy(node, soft=False)
                 options = RemoteStage.options(num_cpus=0, scheduling_strategy=there)
                 self._actors[node] = options.remote()
@@ -50,6 +68,8 @@ class Spares:
         """End them all, for good."""
         with self._lock:
             self._closed = True
+            if self._timer is not None:
+                self._timer.cancel()
             for actor in self._actors.values():
                 ray.kill(actor)
             self._actors.clear()
