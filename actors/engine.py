@@ -55,6 +55,9 @@ class StageSource(Protocol):
     def check(self) -> None:
         """Prove that every stage answers, busy or not. Raises `PipelineError`."""
 
+    def use_quiet(self) -> None:
+        """Do what would disturb requests: for two seconds there was none."""
+
     def stats(self) -> list[StageStats]:
         """What each stage holds now."""
 
@@ -241,6 +244,8 @@ class Engine:
             elif time.monotonic() - heard >= _SILENT_S:
                 # A long step, or a stage that stopped without closing its sockets: ask.
                 self._source.check()
+                if not self._in_flight:
+                    self._source.use_quiet()
             else:
                 continue  # woken: a request came or went
             heard = time.monotonic()

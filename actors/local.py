@@ -66,6 +66,9 @@ class LocalStages:
     def check(self) -> None:
         """Nothing to ask: these stages run on the thread that would ask."""
 
+    def use_quiet(self) -> None:
+        """Nothing to do."""
+
     def stats(self) -> list[StageStats]:
         """What each stage holds."""
         return [

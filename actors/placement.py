@@ -262,7 +262,10 @@ class RayStages:
         lost = [stage for stage, lives in enumerate(_end_the_silent(self._actors)) if not lives]
         if lost:
             raise PeerLostError(f"stage {lost[0]} does not answer")
-        self._spares.keep()  # nothing came back for a while: a good moment
+
+    def use_quiet(self) -> None:
+        """Start processes for stages that may die later."""
+        self._spares.keep()
 
     def close(self) -> None:
         """End the actors and give their resources back; an `open` under way gives up."""
