@@ -43,6 +43,7 @@ from sharding.kernels.planes import BLOCK, FLOAT_COLUMNS, PLANES, Planes
 
 Constants = dict[str, int | bool | str]
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_CUTS = 8  # of a matrix of 4096 rows
 _FLOATS = {"eps", "scale", "factor"}
 # Integers that are multiples of 16 in models of any size; Triton compiles for that. It also makes a
 # constant of an integer that is 1.
@@ -99,9 +100,9 @@ def products() -> Iterator[Kernel]:
             size: Constants = {"RESIDUAL": True}
             if planes.quantised:
                 size |= {"ROWS": tiles.rows, "N": 4 * max(2, tokens)} | _format(planes)
-                size |= {"AHEAD": tokens <= triton_products.AHEAD_TOKENS}
-                function, warps, stages = triton_matmul._few, 1, 1
-                weights = tiles.rows * BLOCK
+                size |= {"CUTS": _CUTS}
+                function, warps, stages = triton_matmul._few, _CUTS, 1
+                weights = tiles.rows * BLOCK * _CUTS
             else:
                 size |= {"ROWS": tiles.float_rows, "N": 2 * max(4, tokens)}
                 size |= {"EXACT": planes.kind == "f16"}

@@ -84,51 +84,54 @@ def _integers(
 
 @triton.jit
 def _loaded(
-    low, high, scales, units, digits, block, row_O, rows, mask_O, inside, LOW: tl.constexpr,
+    low, high, scales, units, block_C, row_O, rows, mask_O, inside, LOW: tl.constexpr,
     HIGH: tl.constexpr, SCALED: tl.constexpr, COUNT: tl.constexpr, SIZE: tl.constexpr,
-    N: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """What a block of a tile of rows is made of: words of integers, LOW of their runs and HIGH;
-    COUNT words of scales and a unit, or as many units; with AHEAD its eight groups of digits."""
-    found = (tl.load(low + block * (SIZE * LOW), mask=inside),)
+    """What a block of each cut is made of: words of integers, LOW of their runs and HIGH; COUNT
+    words of scales and a unit, or as many units."""
+    block_C1 = block_C[:, None]
+    low_CW = low + block_C1 * (SIZE * LOW)
+    found = (tl.load(low_CW, mask=inside),)
     for number in tl.static_range(1, LOW):
-        found = found + (tl.load(low + (block * LOW + number) * SIZE, mask=inside),)
+        found = found + (tl.load(low_CW + number * SIZE, mask=inside),)
     for number in tl.static_range(HIGH):
-        found = found + (tl.load(high + (block * HIGH + number) * SIZE, mask=inside),)
+        at_CW = high + (block_C1 * HIGH + number) * SIZE
+        found = found + (tl.load(at_CW, mask=inside),)
     many = scales if SCALED else units
     for number in tl.static_range(COUNT):
-        at = (block * COUNT + number) * rows + row_O
-        found = found + (tl.load(many + at, mask=mask_O, other=0),)
+        at_CO = (block_C1 * COUNT + number) * rows + row_O[None, :]
+        found = found + (tl.load(many + at_CO, mask=mask_O[None, :], other=0),)
     if SCALED:
-        found = found + (tl.load(units + block * rows + row_O, mask=mask_O, other=0),)
-    if AHEAD:
-        for number in tl.static_range(8):
-            found = found + (tl.load(digits + (block * 8 + number) * (_RUN * N // 4)),)
+        at_CO = block_C1 * rows + row_O[None, :]
+        found = found + (tl.load(units + at_CO, mask=mask_O[None, :], other=0),)
     return found
 
 
 @triton.jit
 def _as_tiles(bytes, TILES: tl.constexpr):
-    """Bytes in the order of `planes.py` `[tile, g, t, h, r, b]` as rows `[16 TILES, 32]`, columns
-    in the order t, h, b: eight of each thread, as the compiler deals out what was joined."""
-    return tl.reshape(tl.permute(bytes, [0, 4, 1, 2, 3, 5]), [TILES * _TILE, _RUN])
+    """Bytes in the order of `planes.py` `[C, tile, g, t, h, r, b]` as rows `[C, 16 TILES, 32]`,
+    columns in the order t, h, b: eight of each thread, as the compiler deals out what was
+    joined."""
+    ordered = tl.permute(bytes, [0, 1, 5, 2, 3, 4, 6])
+    return tl.reshape(ordered, [bytes.shape[0], TILES * _TILE, _RUN])
 
 
 @triton.jit
 def _halved(words, part: tl.constexpr, PARTS: tl.constexpr, ASM: tl.constexpr):
     """Words of digits in the order of `_digits`, as bytes; of two parts one, zeros for the rest."""
     if PARTS > 1:
-        words = tl.where(tl.arange(0, words.shape[0]) % 2 == part, words, 0)
+        words = tl.where((tl.arange(0, words.shape[1]) % 2 == part)[None, :], words, 0)
     return _bits(words, 0, 255, ASM).to(tl.int8, bitcast=True)
 
 
 @triton.jit
 def _as_columns(bytes, N: tl.constexpr):
-    """A group of digits `[32, N]`, rows in the order of `_as_tiles`, from the order of `_digits`:
-    16 bytes, or 8, of each thread."""
+    """A group of digits `[C, 32, N]`, rows in the order of `_as_tiles`, from the order of
+    `_digits`: 16 bytes, or 8, of each thread."""
     eights: tl.constexpr = 2 if N > 8 else 1
-    lanes = tl.reshape(bytes, [N // 8 // eights, 8, 4, eights, 2, 4])
-    return tl.reshape(tl.permute(lanes, [2, 4, 5, 0, 3, 1]), [_RUN, N])
+    cuts: tl.constexpr = bytes.shape[0]
+    lanes = tl.reshape(bytes, [cuts, N // 8 // eights, 8, 4, eights, 2, 4])
+    return tl.reshape(tl.permute(lanes, [0, 3, 5, 6, 1, 4, 2]), [cuts, _RUN, N])
 
 
 @triton.jit
@@ -160,7 +163,117 @@ def _largest(x, cols, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _deliver(
+def _block(
+    own, digits, codes, CUTS: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, ASM: tl.constexpr,
+    LOW: tl.constexpr, HIGH: tl.constexpr, PLACE: tl.constexpr, GROUP: tl.constexpr,
+    SCALED: tl.constexpr, MINIMUM: tl.constexpr, CODED: tl.constexpr,
+):  # fmt: skip
+    """What a block of each cut adds to `[C, O, N]`, in the scale of its digits; `own` is what
+    `_loaded` found."""
+    tiles: tl.constexpr = ROWS // _TILE
+    parts: tl.constexpr = _RUN // GROUP
+    each: tl.constexpr = 2 if MINIMUM else 1
+    scale: tl.constexpr = LOW + HIGH
+    count: tl.constexpr = 8 * parts * each // 4 if SCALED else 8
+    ones_COI = tl.full([CUTS, ROWS, _RUN], 1, tl.int8)
+    sum_CON = tl.zeros([CUTS, ROWS, N], tl.float32)
+    if SCALED:
+        d_CO, m_CO = _unit(own[scale + count], PLACE, MINIMUM)
+        met_CON = tl.zeros([CUTS, ROWS, N], tl.int32)
+        least_CON = tl.zeros([CUTS, ROWS, N], tl.int32)
+    for k in tl.static_range(8):
+        low_COI = tl.reshape(own[k * LOW // 8], [CUTS, tiles, 8, 4, 2, 2])
+        high_COI = low_COI
+        if HIGH > 0:
+            high_COI = tl.reshape(own[LOW + k * HIGH // 8], [CUTS, tiles, 8, 4, 2, 2])
+        bytes = _integers(low_COI, high_COI, codes, k, LOW, HIGH, PLACE, CODED, ASM)
+        q_COI = _as_tiles(bytes, tiles)
+        x = tl.load(digits + k * (_RUN * N // 4))
+        for part in tl.static_range(parts):
+            x_CIN = _as_columns(_halved(x, part, parts, ASM), N)
+            dot_CON = tl.dot(q_COI, x_CIN)
+            if MINIMUM:  # which every digit of its group meets
+                all_CON = tl.dot(ones_COI, x_CIN)
+            if SCALED:
+                word_CO = own[scale + (k * parts + part) * each // 4]
+                scale_CO = _byte(word_CO, (k * parts + part) * each % 4, not MINIMUM)
+                met_CON += scale_CO[:, :, None] * dot_CON
+                if MINIMUM:
+                    minimum_CO = _byte(word_CO, (k * parts + part) * each % 4 + 1, False)
+                    least_CON += minimum_CO[:, :, None] * all_CON
+            else:
+                d_CO, m_CO = _unit(own[scale + k], PLACE, MINIMUM)
+                sum_CON += d_CO[:, :, None] * dot_CON.to(tl.float32)
+                if MINIMUM:
+                    sum_CON += m_CO[:, :, None] * all_CON.to(tl.float32)
+    if SCALED:
+        sum_CON = d_CO[:, :, None] * met_CON.to(tl.float32)
+        if MINIMUM:
+            sum_CON += m_CO[:, :, None] * least_CON.to(tl.float32)
+    return sum_CON
+
+
+@triton.jit
+def _few(
+    digits, factors, y, residual, low, high, scales, units, codes, rows, blocks, length, y_cols,
+    tokens, CUTS: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, RESIDUAL: tl.constexpr,
+    ASM: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, PLACE: tl.constexpr,
+    GROUP: tl.constexpr, SCALED: tl.constexpr, MINIMUM: tl.constexpr, CODED: tl.constexpr,
+):  # fmt: skip
+    """`residual + x @ weight.T` of some rows: products of bytes, exact in int32, group by group.
+    A row's blocks are cut into runs of `length`, one for each warp, which are added up at the end.
+
+    Integers and digits lie in memory as tensor cores take them: they go neither through shared
+    memory nor from one thread to another."""
+    row_O = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    there_O = row_O < rows
+    n = tl.arange(0, N)
+    tiles: tl.constexpr = ROWS // _TILE
+    size: tl.constexpr = _TILE * _RUN // 4
+    word = tl.arange(0, tiles * size)
+    tile_W = (tl.program_id(0) * tiles + word // size).to(tl.int64)
+    low_1W = (low + tile_W * (blocks * (size * LOW)) + word % size)[None, :]
+    high_1W = (high + tile_W * (blocks * (size * HIGH)) + word % size)[None, :]
+    inside = (tile_W * _TILE < rows)[None, :] if tiles > 1 else None
+    group_1X = digits + tl.arange(0, _RUN * N // 4)[None, :]
+    each: tl.constexpr = 2 if MINIMUM else 1
+    count: tl.constexpr = 8 * (_RUN // GROUP) * each // 4 if SCALED else 8
+    first_C = tl.arange(0, CUTS) * length
+    last_C = tl.minimum(blocks, first_C + length)
+    loaded = _loaded(
+        low_1W, high_1W, scales, units, tl.minimum(first_C, blocks - 1), row_O, rows, there_O,
+        inside, LOW, HIGH, SCALED, count, size,
+    )  # fmt: skip
+    y_CON = tl.zeros([CUTS, ROWS, N], tl.float32)
+    for number in range(length):
+        own = loaded
+        loaded = _loaded(
+            low_1W, high_1W, scales, units, tl.minimum(first_C + number + 1, blocks - 1), row_O,
+            rows, there_O, inside, LOW, HIGH, SCALED, count, size,
+        )  # fmt: skip
+        # The compiler would compute first, fetch the next block into the same registers and wait:
+        # but it moves no loads over a barrier, nor what needs the digits that come after it.
+        tl.debug_barrier()
+        block_C = tl.minimum(first_C + number, blocks - 1)
+        factor_CN = tl.load(factors + block_C[:, None] * N + n[None, :])
+        sum_CON = _block(
+            own, group_1X + block_C[:, None] * (8 * _RUN * N // 4), codes, CUTS, N, ROWS, ASM, LOW,
+            HIGH, PLACE, GROUP, SCALED, MINIMUM, CODED,
+        )  # fmt: skip
+        there_C11 = (first_C + number < last_C)[:, None, None]
+        y_CON += tl.where(there_C11, factor_CN[:, None, :] * sum_CON, 0.0)
+    y_COT = tl.sum(tl.reshape(y_CON, [CUTS, ROWS, N // 4, 4]), axis=3)
+    y_OT = tl.sum(y_COT, axis=0)
+    t = tl.arange(0, N // 4)
+    mask = there_O[:, None] & (t < tokens)[None, :]
+    to = row_O[:, None] + t[None, :] * y_cols
+    if RESIDUAL:
+        y_OT = tl.load(residual + to, mask=mask, other=0.0) + y_OT
+    tl.store(y + to, y_OT, mask=mask)
+
+
+@triton.jit
+def _deliver_cut(
     y_OT, y, residual, partials, counters, row_O, rows, y_cols, tokens, cuts, TOKENS: tl.constexpr,
     RESIDUAL: tl.constexpr,
 ):  # fmt: skip
@@ -188,110 +301,6 @@ def _deliver(
                 total_OT = tl.load(residual + to, mask=mask, other=0.0) + total_OT
             tl.store(y + to, total_OT, mask=mask)
             tl.store(counter, 0)
-
-
-@triton.jit
-def _block(
-    own, digits, codes, N: tl.constexpr, ROWS: tl.constexpr, AHEAD: tl.constexpr, ASM: tl.constexpr,
-    LOW: tl.constexpr, HIGH: tl.constexpr, PLACE: tl.constexpr, GROUP: tl.constexpr,
-    SCALED: tl.constexpr, MINIMUM: tl.constexpr, CODED: tl.constexpr,
-):  # fmt: skip
-    """What a block adds to `[O, N]`, in the scale of its digits; `own` is what `_loaded` found."""
-    tiles: tl.constexpr = ROWS // _TILE
-    parts: tl.constexpr = _RUN // GROUP
-    each: tl.constexpr = 2 if MINIMUM else 1
-    scale: tl.constexpr = LOW + HIGH
-    count: tl.constexpr = 8 * parts * each // 4 if SCALED else 8
-    column: tl.constexpr = scale + count + SCALED
-    ones_OI = tl.full([ROWS, _RUN], 1, tl.int8)
-    sum_ON = tl.zeros([ROWS, N], tl.float32)
-    if SCALED:
-        d_O, m_O = _unit(own[scale + count], PLACE, MINIMUM)
-        met_ON = tl.zeros([ROWS, N], tl.int32)
-        least_ON = tl.zeros([ROWS, N], tl.int32)
-    for k in tl.static_range(8):
-        low_OI = tl.reshape(own[k * LOW // 8], [tiles, 8, 4, 2, 2])
-        high_OI = low_OI
-        if HIGH > 0:
-            high_OI = tl.reshape(own[LOW + k * HIGH // 8], [tiles, 8, 4, 2, 2])
-        bytes = _integers(low_OI, high_OI, codes, k, LOW, HIGH, PLACE, CODED, ASM)
-        q_OI = _as_tiles(bytes, tiles)
-        group = digits + k * (_RUN * N // 4)
-        x = own[column + k] if AHEAD else tl.load(group)
-        for part in tl.static_range(parts):
-            x_IN = _as_columns(_halved(x, part, parts, ASM), N)
-            dot_ON = tl.dot(q_OI, x_IN)
-            if MINIMUM:  # which every digit of its group meets
-                all_ON = tl.dot(ones_OI, x_IN)
-            if SCALED:
-                word_O = own[scale + (k * parts + part) * each // 4]
-                scale_O = _byte(word_O, (k * parts + part) * each % 4, not MINIMUM)
-                met_ON += scale_O[:, None] * dot_ON
-                if MINIMUM:
-                    minimum_O = _byte(word_O, (k * parts + part) * each % 4 + 1, False)
-                    least_ON += minimum_O[:, None] * all_ON
-            else:
-                d_O, m_O = _unit(own[scale + k], PLACE, MINIMUM)
-                sum_ON += d_O[:, None] * dot_ON.to(tl.float32)
-                if MINIMUM:
-                    sum_ON += m_O[:, None] * all_ON.to(tl.float32)
-    if SCALED:
-        sum_ON = d_O[:, None] * met_ON.to(tl.float32)
-        if MINIMUM:
-            sum_ON += m_O[:, None] * least_ON.to(tl.float32)
-    return sum_ON
-
-
-@triton.jit
-def _few(
-    digits, factors, y, residual, partials, counters, low, high, scales, units, codes, rows,
-    blocks, y_cols, tokens, cuts, N: tl.constexpr, ROWS: tl.constexpr, AHEAD: tl.constexpr,
-    RESIDUAL: tl.constexpr, ASM: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-    PLACE: tl.constexpr, GROUP: tl.constexpr, SCALED: tl.constexpr, MINIMUM: tl.constexpr,
-    CODED: tl.constexpr,
-):  # fmt: skip
-    """`residual + x @ weight.T` of some rows: products of bytes, exact in int32, group by group.
-
-    Integers and digits lie in memory as tensor cores take them: they go neither through shared
-    memory nor from one thread to another."""
-    row_O = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    there_O = row_O < rows
-    n = tl.arange(0, N)
-    tiles: tl.constexpr = ROWS // _TILE
-    size: tl.constexpr = _TILE * _RUN // 4
-    word = tl.arange(0, tiles * size)
-    tile = (tl.program_id(0) * tiles + word // size).to(tl.int64)
-    low_tile = low + tile * (blocks * (size * LOW)) + word % size
-    high_tile = high + tile * (blocks * (size * HIGH)) + word % size
-    inside = tile * _TILE < rows if tiles > 1 else None
-    digits += tl.arange(0, _RUN * N // 4)
-    each: tl.constexpr = 2 if MINIMUM else 1
-    count: tl.constexpr = 8 * (_RUN // GROUP) * each // 4 if SCALED else 8
-    length = tl.cdiv(blocks, cuts)
-    first = tl.program_id(1) * length
-    last = tl.minimum(blocks, first + length)
-    loaded = _loaded(
-        low_tile, high_tile, scales, units, digits, first, row_O, rows, there_O, inside, LOW, HIGH,
-        SCALED, count, size, N, AHEAD,
-    )  # fmt: skip
-    y_ON = tl.zeros([ROWS, N], tl.float32)
-    for block in range(first, last):
-        # Fetched a block ahead: digits too, if registers hold them.
-        own = loaded
-        loaded = _loaded(
-            low_tile, high_tile, scales, units, digits, tl.minimum(block + 1, last - 1), row_O,
-            rows, there_O, inside, LOW, HIGH, SCALED, count, size, N, AHEAD,
-        )  # fmt: skip
-        factor_N = tl.load(factors + block * N + n)
-        sum_ON = _block(
-            own, digits + block * (8 * _RUN * N // 4), codes, N, ROWS, AHEAD, ASM, LOW, HIGH, PLACE,
-            GROUP, SCALED, MINIMUM, CODED,
-        )  # fmt: skip
-        y_ON += factor_N[None, :] * sum_ON
-    y_OT = tl.sum(tl.reshape(y_ON, [ROWS, N // 4, 4]), axis=2)
-    _deliver(
-        y_OT, y, residual, partials, counters, row_O, rows, y_cols, tokens, cuts, N // 4, RESIDUAL
-    )
 
 
 @triton.jit
@@ -341,6 +350,6 @@ def _few_floats(
     y_OT = tl.sum(tl.reshape(y_ON, [ROWS, N // 2, 2]), axis=2)
     y_OT *= tl.load(factors + t, mask=t < tokens, other=1.0)[None, :]
     y_OT *= factor
-    _deliver(
+    _deliver_cut(
         y_OT, y, residual, partials, counters, row_O, rows, y_cols, tokens, cuts, N // 2, RESIDUAL
     )

@@ -32,21 +32,22 @@ from sharding.kernels.triton_weights import IQ4_CODES, Part, PlanesWeight
 FEW_TOKENS = 16
 """Above, the library's GEMM is worth expanding the weight."""
 
-AHEAD_TOKENS = 4
-"""Up to so many, registers hold the next block's digits."""
-
 WORKSPACE_BYTES = 1 << 27
 """Most bytes of expanded weights at a time."""
 
 COPIED_BYTES = 1 << 24
 """Bytes of floats that are copied at a time."""
 
-PROGRAMS = 2048
-"""A matrix of few rows is cut along its columns too, into about so many programs: enough for any
-GPU to wait for memory in all of them at once. The cuts depend on the matrix alone."""
+WARPS = 2048
+"""A matrix of few rows is cut along its columns too, into about so many warps: enough for any GPU
+to wait for memory in all of them at once. The cuts depend on the matrix alone."""
+
+MOST_CUTS = 8
+"""Warps of a program: with more, 16 tokens find too few registers."""
+
 
 MOST_TILES = 1 << 16
-"""Most tiles of rows that cut a matrix."""
+"""Most tiles of rows of a matrix of floats."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,9 @@ class Products:
 
     def __init__(self, device: torch.device, tiles: Tiles) -> None:
         self._tiles = tiles
-        self._codes = torch.tensor(IQ4_CODES, dtype=torch.int8, device=device)
-        # Of the cuts of a tile that are done; every product leaves zeros.
+        # Of the cuts of a tile of floats that are done; every product leaves zeros.
         self._counters = torch.zeros(MOST_TILES, dtype=torch.int32, device=device)
+        self._codes = torch.tensor(IQ4_CODES, dtype=torch.int8, device=device)
 
     def matmul(self, x_TI: Tensor, weight: PlanesWeight, residual_TO: Tensor | None) -> Tensor:
         """`residual + x @ weight.T`, `[T, O]`."""
@@ -127,30 +128,32 @@ class Products:
     def _few(self, digits: Digits, part: Part, residual_TO: Tensor | None, y_TO: Tensor) -> None:
         tokens, blocks = digits.tokens, part.cols // BLOCK
         assert blocks == digits.blocks, (blocks, digits.blocks)
-        grid, y = self._cut(part), y_TO[:, part.first :]
-        partials = y_TO.new_empty(grid[1], tokens, part.rows)
+        tall, cuts, length = cut(part.rows, self._tiles.rows, blocks)
+        y = y_TO[:, part.first :]
         residual = y if residual_TO is None else residual_TO[:, part.first :]
-        triton_matmul._few[grid](
-            digits.words, digits.factors, y, residual, partials, self._counters, *part.tensors,
-            self._codes, part.rows, blocks, y_TO.shape[1], tokens, grid[1], digits.width,
-            self._tiles.rows, digits.width <= 4 * AHEAD_TOKENS, residual_TO is not None,
-            *constants(part.planes), num_warps=1, num_stages=1,
+        triton_matmul._few[tall,](
+            digits.words, digits.factors, y, residual, *part.tensors, self._codes, part.rows,
+            blocks, length, y_TO.shape[1], tokens, cuts, digits.width, self._tiles.rows,
+            residual_TO is not None, *constants(part.planes), num_warps=cuts, num_stages=1,
         )  # fmt: skip
 
     def _few_floats(
         self, x_TI: Tensor, part: Part, residual_TO: Tensor | None, y_TO: Tensor
     ) -> None:
         tokens, exact = len(x_TI), part.planes.kind == "f16"
-        grid, y = self._cut(part), y_TO[:, part.first :]
+        blocks = part.cols // FLOAT_COLUMNS
+        tall = triton.cdiv(part.rows, self._tiles.float_rows)
+        assert tall <= MOST_TILES, part.rows
+        length = triton.cdiv(blocks, min(blocks, max(1, round(WARPS / tall))))
+        grid, y = (tall, triton.cdiv(blocks, length)), y_TO[:, part.first :]
         partials = y_TO.new_empty(grid[1], tokens, part.rows)
         residual = y if residual_TO is None else residual_TO[:, part.first :]
         width = 4 * max(2, triton_digits.room(tokens) // 2)
         halves, factor_T = self._halves(x_TI, width, part.cols)
         triton_matmul._few_floats[grid](
-            halves, factor_T, y, residual, partials, self._counters, part.low, part.rows,
-            part.cols // FLOAT_COLUMNS, y_TO.shape[1], tokens, grid[1],
-            1.0 if exact else part.headroom, width, self._tiles.float_rows,
-            residual_TO is not None, exact, num_warps=2,
+            halves, factor_T, y, residual, partials, self._counters, part.low, part.rows, blocks,
+            y_TO.shape[1], tokens, grid[1], 1.0 if exact else part.headroom, width,
+            self._tiles.float_rows, residual_TO is not None, exact, num_warps=2,
         )  # fmt: skip
 
     def _halves(self, x_TI: Tensor, width: int, padded: int) -> tuple[Tensor, Tensor]:
@@ -163,15 +166,6 @@ class Products:
             x_TI, halves, factor_T, tokens, cols, padded, width, size, num_warps=8
         )
         return halves, factor_T
-
-    def _cut(self, part: Part) -> tuple[int, int]:
-        """A grid of tiles of rows and cuts of columns."""
-        rows = self._tiles.rows if part.planes.quantised else self._tiles.float_rows
-        tall = triton.cdiv(part.rows, rows)
-        assert tall <= MOST_TILES, part.rows
-        blocks = part.cols // (BLOCK if part.planes.quantised else FLOAT_COLUMNS)
-        length = triton.cdiv(blocks, min(blocks, max(1, round(PROGRAMS / tall))))
-        return tall, triton.cdiv(blocks, length)
 
     def _gemm(
         self, x_TI: Tensor, weight: PlanesWeight, residual_TO: Tensor | None, y_TO: Tensor
@@ -229,6 +223,14 @@ class Products:
             count, cols, blocks, factor, ids is not None, rows_at_once, *constants(part.planes),
             num_warps=1,
         )  # fmt: skip
+
+
+def cut(rows: int, tile: int, blocks: int) -> tuple[int, int, int]:
+    """Tiles of rows, cuts of each along its blocks, blocks of a cut."""
+    tall = triton.cdiv(rows, tile)
+    wanted = min(MOST_CUTS, blocks, max(1, WARPS // tall))
+    cuts = 1 << wanted.bit_length() - 1
+    return tall, cuts, triton.cdiv(blocks, cuts)
 
 
 def _copy(part: Part, out: Tensor, first: int, factor: float, ids: Tensor | None) -> None:
