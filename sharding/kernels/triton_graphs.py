@@ -13,8 +13,9 @@ do nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from operator import is_
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,14 +23,19 @@ import triton
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sharding.batch import PAGE_SLOTS
 from sharding.kernels.triton_plan import Items, Work
 from sharding.model.attention import BatchIndex
+from sharding.model.rope import angles
 
 MOST_GRAPHS = 32
 """Kept; the one that was not used for longest makes room."""
 
 Blocks = Callable[[Tensor, BatchIndex, Sequence[Work]], Tensor]
 """Runs a stage's blocks, attention cut so."""
+
+Cut = Callable[[BatchIndex], Sequence[Items] | None]
+"""How attention of a batch is cut, for each kind of blocks; None unless all of it is fine parts."""
 
 _ALIGNED = 64
 
@@ -84,6 +90,8 @@ class Inputs:
             torch.zeros(self._size, dtype=torch.uint8, pin_memory=pinned) for _ in range(2)
         ]
         self._copied = [torch.cuda.Event() for _ in range(2)] if pinned else []
+        # Whose page tables are written there: they stay the same from a request's step to its next.
+        self._tables: list[list[Tensor]] = [[], []]
         self._turn = 0
         self._device = torch.zeros(self._size, dtype=torch.uint8, device=device)
         self._written: list[list[NDArray[np.generic]]] = [
@@ -111,66 +119,136 @@ class Inputs:
         ]
 
     def write(self, index: BatchIndex, cuts: Sequence[Items]) -> None:
-        """A batch of this shape; the copy to the device is under way afterwards."""
+        """A batch of single tokens of this shape, on the host."""
         self._turn = 1 - self._turn
         if self._copied:
             self._copied[self._turn].synchronize()  # of the step before the last
-        written, host = self._written[self._turn], index.to(torch.device("cpu"))
-        tensors = [host.page_T, host.slot_T, host.tables, host.cos_TR, host.sin_TR]
-        for to, tensor in zip(written[:5], tensors, strict=True):
-            to[: len(tensor)] = tensor.numpy()
+        written = self._written[self._turn]
+        page_T, slot_T, entries, cos_TR, sin_TR = written[:5]
+        tables = [rows.pages for rows in index.rows]
+        for row, rows in enumerate(index.rows):
+            page, slot_T[row] = divmod(rows.position, PAGE_SLOTS)
+            page_T[row] = tables[row][page]
+        if not _same(tables, self._tables[self._turn]):
+            np.concatenate(tables, out=entries[: sum(map(len, tables))])
+            self._tables[self._turn] = tables
+        positions_T = torch.tensor([rows.position for rows in index.rows])
+        for to, found in zip((cos_TR, sin_TR), angles(positions_T, index.freqs_R), strict=True):
+            to[:] = found.numpy()
         for number, cut in enumerate(cuts):
             fine, merged = written[5 + 2 * number : 7 + 2 * number]
             fine[: len(cut.fine)] = cut.fine
             fine[len(cut.fine) :] = 0  # no rows, no slots
             merged[:] = cut.merged
+
+    def submit(self) -> None:
+        """What was written last is under way to the device."""
         self._device.copy_(self._hosts[self._turn], non_blocking=True)
         if self._copied:
             self._copied[self._turn].record()
 
 
-_Made = tuple[Inputs, Tensor, torch.cuda.CUDAGraph, Tensor]
+def _same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    return len(some) == len(others) and all(map(is_, some, others))
+
+
+def _next(index: BatchIndex) -> BatchIndex | None:
+    """The batch of the same requests' next tokens, unless one has no room for it."""
+    rows = [replace(rows, position=rows.position + 1) for rows in index.rows]
+    if any(each.position >= len(each.pages) * PAGE_SLOTS for each in rows):
+        return None
+    return replace(index, rows=tuple(rows))
+
+
+class Replayed(Protocol):
+    """A `torch.cuda.CUDAGraph`, as far as it is needed."""
+
+    def replay(self) -> None:
+        """Compute again, from and to the same memory."""
+
+
+@dataclass(frozen=True)
+class CapturedGraph:
+    """The blocks of batches of one shape, from `x` to `y`."""
+
+    inputs: Inputs
+    x: Tensor
+    graph: Replayed
+    y: Tensor
 
 
 class Graphs:
-    """The graphs of a stage's blocks, made when a batch first needs one."""
+    """The graphs of a stage's blocks, made when a batch first needs one.
 
-    def __init__(self, device: torch.device) -> None:
+    While a step computes, the inputs of the next are written as if every request went on: what
+    decides that is only its token, which comes as `x`."""
+
+    def __init__(self, device: torch.device, blocks: Blocks, cut: Cut) -> None:
         self._device = device
-        self._made: dict[Shape, _Made] = {}
+        self._blocks = blocks
+        self._cut = cut
+        self._made: dict[Shape, CapturedGraph] = {}
+        self._foreseen: tuple[BatchIndex, CapturedGraph] | None = None
         # One for all: they run one after the other, and their results are held.
         self._pool: Any = None  # torch has a type for it, which differs between its versions
 
-    def run(self, blocks: Blocks, x_TI: Tensor, index: BatchIndex, cuts: Sequence[Items]) -> Tensor:
-        """Hidden states after the blocks; all fine parts, no chunks."""
+    def run(self, x_TI: Tensor, index: BatchIndex) -> Tensor | None:
+        """Hidden states after the blocks; None for a batch that no graph can compute."""
+        found = self._ready(index) or self._planned(index, x_TI)
+        if found is None:
+            return None
+        found.inputs.submit()
+        found.x.copy_(x_TI)
+        found.graph.replay()
+        y_TI = found.y.clone()  # the next step writes there
+        self._foresee(index)
+        return y_TI
+
+    def _ready(self, index: BatchIndex) -> CapturedGraph | None:
+        """If this batch was foreseen, its graph, whose inputs are written."""
+        (expected, found), self._foreseen = self._foreseen or (None, None), None
+        if expected is None or len(expected.rows) != len(index.rows):
+            return None
+        for one, other in zip(expected.rows, index.rows, strict=True):
+            if one.position != other.position or one.pages is not other.pages:
+                return None
+        return found
+
+    def _planned(self, index: BatchIndex, x_TI: Tensor) -> CapturedGraph | None:
+        cuts = self._cut(index)
+        if cuts is None:
+            return None
         shape = Shape.of(index, cuts)
-        made = self._made.pop(shape, None)
-        if made is None:
+        found = self._made.pop(shape, None)
+        if found is None:
             if len(self._made) >= MOST_GRAPHS:
                 del self._made[next(iter(self._made))]
-            made = self._make(blocks, shape, x_TI, index, cuts)
-        self._made[shape] = made  # the last to go
-        inputs, x, graph, y = made
-        inputs.write(index, cuts)
-        x.copy_(x_TI)
-        graph.replay()
-        return y.clone()  # the next step writes there
+            found = self._make(shape, x_TI, index, cuts)
+        self._made[shape] = found  # the last to go
+        found.inputs.write(index, cuts)
+        return found
+
+    def _foresee(self, index: BatchIndex) -> None:
+        following = _next(index)
+        cuts = None if following is None else self._cut(following)
+        if following is None or cuts is None:
+            return
+        found = self._made.get(Shape.of(following, cuts))
+        if found is not None:
+            found.inputs.write(following, cuts)
+            self._foreseen = following, found
 
     def _make(
-        self,
-        blocks: Blocks,
-        shape: Shape,
-        x_TI: Tensor,
-        index: BatchIndex,
-        cuts: Sequence[Items],
-    ) -> _Made:
+        self, shape: Shape, x_TI: Tensor, index: BatchIndex, cuts: Sequence[Items]
+    ) -> CapturedGraph:
         inputs, x = Inputs(shape, index, self._device), x_TI.clone()
         inputs.write(index, cuts)
-        blocks(x, inputs.index, inputs.works)  # compiles; writes keys and values, as it will
+        inputs.submit()
+        self._blocks(x, inputs.index, inputs.works)  # compiles; writes keys and values, as it will
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         with torch.cuda.graph(graph, pool=self._pool):
-            y = blocks(x, inputs.index, inputs.works)
-        return inputs, x, graph, y
+            y = self._blocks(x, inputs.index, inputs.works)
+        return CapturedGraph(inputs, x, graph, y)

@@ -17,7 +17,7 @@ from sharding.kernels import triton_attention, triton_digits
 from sharding.kernels.composed import ComposedLayers
 from sharding.kernels.planes import BLOCK
 from sharding.kernels.triton_graphs import Graphs
-from sharding.kernels.triton_plan import Way, Work
+from sharding.kernels.triton_plan import Items, Way, Work
 from sharding.kernels.triton_products import FEW_TOKENS
 from sharding.kernels.triton_weights import PlanesWeight
 
@@ -79,19 +79,23 @@ class GraphedLayers:
         self._composed = composed
         blocks = zip(composed.weights, composed.pages, strict=True)
         self._ways = sorted({_way(block, pages) for block, pages in blocks})
-        self._graphs = Graphs(kernels.device)
+        self._graphs = Graphs(kernels.device, self._run, self._cut)
 
     def run(
         self, x_TI: torch.Tensor, index: BatchIndex, wanted: Sequence[int] | None = None
     ) -> torch.Tensor:
         """Hidden states after all blocks; writes the batch's keys and values."""
         decoding = all(rows.stop - rows.first == 1 for rows in index.rows)
-        if wanted is not None or not decoding or not 0 < len(x_TI) <= FEW_TOKENS:
-            return self._composed.run(x_TI, index, wanted)
+        if wanted is None and decoding and 0 < len(x_TI) <= FEW_TOKENS:
+            y_TI = self._graphs.run(x_TI, index)
+            if y_TI is not None:
+                return y_TI
+        return self._composed.run(x_TI, index, wanted)
+
+    def _cut(self, index: BatchIndex) -> Sequence[Items] | None:
         cuts = self._kernels.cuts(index, self._ways)
-        if any(cut.chunks for cut in cuts):  # more heads share a kv head than are computed finely
-            return self._composed.run(x_TI, index)
-        return self._graphs.run(self._run, x_TI, index, cuts)
+        # More heads may share a kv head than are computed finely.
+        return None if any(cut.chunks for cut in cuts) else cuts
 
     def _run(self, x_TI: torch.Tensor, index: BatchIndex, works: Sequence[Work]) -> torch.Tensor:
         self._kernels.use(index, dict(zip(self._ways, works, strict=True)))

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sharding.batch import PAGE_SLOTS
@@ -78,12 +80,13 @@ class Way:
 
 @dataclass(frozen=True)
 class Items:
-    """How a batch is cut, on the host. `rows`: the most of a fine segment."""
+    """How a batch is cut, on the host: `fine` int32 `[n, 8]`, `merged` int32 `[m, 4]`. `rows`: the
+    most of a fine segment."""
 
     chunks: Sequence[tuple[int, ...]]
     prefixes: Sequence[Prefix]
-    fine: Sequence[tuple[int, ...]]
-    merged: Sequence[tuple[int, ...]]
+    fine: NDArray[np.int32]
+    merged: NDArray[np.int32]
     rows: int
 
 
@@ -103,10 +106,10 @@ def plan_items(index: BatchIndex, way: Way, tiles: Tiles) -> Items:
     """Cuts a batch into items."""
     shared, dim = way.shared, way.dim
     chunks: list[tuple[int, ...]] = []
-    fine: list[tuple[int, ...]] = []
-    merged: list[tuple[int, ...]] = []
+    fine: list[NDArray[np.int32]] = []
+    merged: list[NDArray[np.int32]] = []
     prefixes: list[Prefix] = []
-    table = most = 0
+    table = most = made = 0
     for rows in index.rows:
         count = (rows.stop - rows.first) * shared
         if count > fine_rows(dim):
@@ -116,15 +119,14 @@ def plan_items(index: BatchIndex, way: Way, tiles: Tiles) -> Items:
             chunks += _chunk_items(rows, table, way, row_tile, prefix)
         else:
             most = max(most, count)
-            parts = list(_fine_items(rows, table, count, way, first_part=len(fine)))
-            merged += [
-                (rows.first + row // shared, row, len(fine), len(parts)) for row in range(count)
-            ]
-            fine += parts
+            parts = _fine_items(rows, table, count, way, first_part=made)
+            merged.append(_merged_rows(rows, shared, made, len(parts)))
+            fine.append(parts)
+            made += len(parts)
         table += len(rows.pages)
     # The longest first, so that the last to begin is not the last to end.
     chunks.sort(key=lambda item: item[6] - item[5], reverse=True)
-    return Items(chunks, prefixes, fine, merged, most)
+    return Items(chunks, prefixes, _stacked(fine, 8), _stacked(merged, 4), most)
 
 
 def plan_work(index: BatchIndex, way: Way, tiles: Tiles) -> Work:
@@ -145,8 +147,16 @@ def fine_rows(dim: int) -> int:
     return FINE_ROWS if dim <= 128 else FINE_ROWS // 2
 
 
-def _on(device: torch.device, items: Sequence[tuple[int, ...]]) -> Tensor | None:
-    return torch.tensor(items, dtype=torch.int32).to(device) if items else None
+def _on(
+    device: torch.device, items: Sequence[tuple[int, ...]] | NDArray[np.int32]
+) -> Tensor | None:
+    return torch.tensor(items, dtype=torch.int32).to(device) if len(items) else None
+
+
+def _stacked(arrays: Sequence[NDArray[np.int32]], width: int) -> NDArray[np.int32]:
+    if len(arrays) == 1:  # a lone user's
+        return arrays[0]
+    return np.concatenate(arrays) if arrays else np.empty((0, width), np.int32)
 
 
 def _first_seen(position: int, window: int, grain: int) -> int:
@@ -188,12 +198,24 @@ def split_of(slots: int, kv_heads: int) -> int:
     return min(SPLIT, 1 << wanted.bit_length() - 1)
 
 
-def _fine_items(
-    rows: Rows, table: int, count: int, way: Way, first_part: int
-) -> Iterator[tuple[int, ...]]:
+def _fine_items(rows: Rows, table: int, count: int, way: Way, first_part: int) -> NDArray[np.int32]:
     length = rows.position + rows.stop - rows.first
     split = split_of(min(length, way.window or length), way.kv_heads)
-    starts = range(_first_seen(rows.position, way.window, split), length, split)
-    for part, start in enumerate(starts, first_part):
-        stop = min(length, start + split)
-        yield rows.first, rows.position, table, 0, count, start, stop, part
+    first = _first_seen(rows.position, way.window, split)
+    starts = np.arange(first, length, split, dtype=np.int32)
+    items = np.empty((len(starts), 8), np.int32)
+    items[:, :5] = rows.first, rows.position, table, 0, count
+    items[:, 5] = starts
+    np.minimum(starts + split, length, out=items[:, 6])
+    items[:, 7] = np.arange(first_part, first_part + len(starts))
+    return items
+
+
+def _merged_rows(rows: Rows, shared: int, first_part: int, parts: int) -> NDArray[np.int32]:
+    """For each of a segment's rows: its token, itself, its first part and how many."""
+    row = np.arange((rows.stop - rows.first) * shared, dtype=np.int32)
+    merged = np.empty((len(row), 4), np.int32)
+    merged[:, 0] = rows.first + row // shared
+    merged[:, 1] = row
+    merged[:, 2:] = first_part, parts
+    return merged
