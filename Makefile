@@ -11,10 +11,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := $(BIN)/python -m pip install --quiet --quiet -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint sanitize gpu-test gpu-bench setup clean
+.PHONY: help demo test lint sanitize gpu-test gpu-sanitize gpu-bench setup clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s%s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s%s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.runtime  ## fetch the demo model, serve it over 2 stages, stream one answer
 	@$(BIN)/python -m serving.demo
@@ -47,10 +47,13 @@ sanitize: $(VENV)/.test  ## run the CPU kernels' tests under AddressSanitizer an
 
 # Another Python than .venv's, say with a torch built for CUDA: `make gpu-test GPU_PYTHON=python3`.
 GPU_PYTHON ?= $(BIN)/python
-$(if $(filter $(BIN)/python,$(GPU_PYTHON)),gpu-test gpu-bench: $(VENV)/.test)
+$(if $(filter $(BIN)/python,$(GPU_PYTHON)),gpu-test gpu-sanitize gpu-bench: $(VENV)/.test)
 
 gpu-test:  ## run the GPU kernels' tests on this machine's GPU (4 minutes)
 	@$(GPU_PYTHON) -m tests.gpu
+
+gpu-sanitize:  ## run the GPU kernels under compute-sanitizer's memcheck and racecheck
+	@$(GPU_PYTHON) -m tests.gpu_sanitize
 
 gpu-bench:  ## measure a 7B model on this machine's GPU, to contexts of 65,536 (a minute)
 	@$(GPU_PYTHON) -m bench.gpu --keep
