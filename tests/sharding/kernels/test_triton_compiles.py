@@ -38,8 +38,9 @@ ROWS = ("norm", "silu", "rotate", "draw", "digits", "halve", "finish", "gather",
     [("80", ("Q4_1", "D128")), ("90", ("Q3_K", "IQ4_XS", "few F16", "D256", *ROWS))],
 )
 def test_kernels_compile_and_fit(capability: str, names: tuple[str, ...], tmp_path: Path) -> None:
-    """For Ampere, the oldest served, and for Hopper. Decoding keeps nearly everything in registers, reads
-    16 bytes at a time and spends few instructions on a weight; 16 tokens nearly so."""
+    """For Ampere, the oldest served, and for Hopper. Decoding keeps nearly everything in
+    registers, reads 16 bytes at a time and spends few instructions on a weight; 16 tokens less so.
+    """
     only = [argument for name in names for argument in ("--only", name)]
     rows = compiled(tmp_path, "--capability", capability, *only)
     assert all(any(name in row for row in rows) for name in names)
