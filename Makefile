@@ -55,8 +55,9 @@ gpu-test:  ## run the GPU kernels' tests on this machine's GPU (4 minutes)
 gpu-sanitize:  ## run the GPU kernels under compute-sanitizer's memcheck and racecheck
 	@$(GPU_PYTHON) -m tests.gpu_sanitize
 
-gpu-bench:  ## measure a 7B model on this machine's GPU, to contexts of 65,536 (a minute)
+gpu-bench:  ## measure a 7B model on this machine's GPU, to contexts of 65,536, and in stages (3 minutes)
 	@$(GPU_PYTHON) -m bench.gpu --keep
+	@$(GPU_PYTHON) -m bench.gpu_stages --keep
 
 setup: $(VENV)/.runtime  ## install Longspan into .venv
 

@@ -1,6 +1,6 @@
 """The Triton kernels one by one, each against what the card can do at that moment.
 
-    python -m bench.gpu_kernels [--only Q4_K] [--keep]
+    python -m bench.gpu_kernels [--formats Q4_K,Q6_K] [--only T1] [--keep]
     TRITON_INTERPRET=1 python -m bench.gpu_kernels --tiny     does it run? its times mean nothing
 
 Figures of a row, from median times. Products and attention run over copies of their operands that
@@ -8,7 +8,7 @@ are more than the cache holds, in a CUDA graph, as a decoded token runs them; th
 `do_bench`, which empties the cache in between:
 
     us               of one call on the device, all kernels of it
-    kernel_us        of a product of few tokens, without what makes digits of activations
+    kernel_us        of a product of few tokens whose activations are digits already
     gb_s, of_copy    bytes that must be read (planes, KV, activations) and their share of what
                      copying memory reaches, counted as read and written
     tflop_s, of_gemm two for each multiplication and addition, and their share of torch's bf16 GEMM
@@ -34,8 +34,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from bench.operands import Heads, Shape, filled_layers, one_request, raw_file
 from bench.report import Report
 from sharding.batch import SamplingParams
+from sharding.gguf.reader import GGUFFile
 from sharding.kernels.triton import TritonKernels, interpreted
 from sharding.kernels.triton_products import FEW_TOKENS
+from sharding.kernels.triton_weights import PlanesWeight
 from sharding.model.kv_cache import LayerPages
 
 FORMATS = ("Q4_K", "Q6_K", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_K", "F16")
@@ -48,14 +50,14 @@ COLD_BYTES, MOST_COPIES, REPLAYS = 250_000_000, 30, 9
 @dataclass(frozen=True)
 class Case:
     """A row: what is called, once on each copy of its operands; the bytes it must read, its
-    operations, how a library does it, what comes `before` the kernel proper."""
+    operations, how a library does it, the kernel proper without what comes before it."""
 
     test: str
     calls: Sequence[Callable[[], object]]
     n_bytes: int = 0
     flops: int = 0
     library: Callable[[], object] | None = None
-    before: Callable[[], object] | None = None
+    kernel: Sequence[Callable[[], object]] = ()
 
 
 @dataclass(frozen=True)
@@ -75,14 +77,15 @@ TINY = Sizes(((64, 512),), ((4, 2, 64),), 300, 70)
 class Cases:
     """The rows to measure."""
 
-    def __init__(self, kernels: TritonKernels, sizes: Sizes) -> None:
+    def __init__(self, kernels: TritonKernels, sizes: Sizes, formats: Sequence[str]) -> None:
         self._kernels = kernels
+        self._formats = formats
         self._sizes = sizes
         self._device = kernels.device
 
     def all(self) -> Iterator[Case]:
         """One after the other: the memory of one is free before the next."""
-        for format in FORMATS:
+        for format in self._formats:
             for shape in self._sizes.shapes:
                 yield from self._products(format, shape)
         for heads in self._sizes.heads:
@@ -96,20 +99,28 @@ class Cases:
     def _products(self, format: str, shape: Shape) -> Iterator[Case]:
         kernels, (rows, cols) = self._kernels, shape
         file = raw_file(format, shape)
-        first = kernels.pack(file, ["w"])
-        copies = [first, *(kernels.pack(file, ["w"]) for _ in range(_more(first.n_bytes)))]
+        first = self._packed(file)
+        copies = [first, *(self._packed(file) for _ in range(_more(first.n_bytes)))]
         expanded_OI = kernels.embed(first, range(rows)).half()
         for tokens in (1, 4, 16, self._sizes.chunk):
             x_TI = torch.randn(tokens, cols, device=self._device)
             few = tokens <= FEW_TOKENS and format != "F16"
+            digits = kernels.products.digits(x_TI) if few else None
             yield Case(
                 f"matmul {format} {rows}x{cols} T{tokens}",
                 [partial(kernels.matmul, x_TI, weight) for weight in copies],
                 first.n_bytes + x_TI.nbytes,
                 2 * rows * cols * tokens,
                 partial(torch.mm, x_TI.half(), expanded_OI.t()),
-                partial(kernels.products.digits, x_TI) if few else None,
+                [partial(kernels.products.of_digits, digits, weight) for weight in copies]
+                if digits
+                else (),
             )
+
+    def _packed(self, file: GGUFFile) -> PlanesWeight:
+        weight = self._kernels.pack(file, ["w"])
+        assert isinstance(weight, PlanesWeight), "a weight of another kernel set"
+        return weight
 
     def _attention(self, heads: Heads) -> Iterator[Case]:
         queries, groups, dim = heads
@@ -232,8 +243,9 @@ def figures(case: Case, ceilings: Ceilings) -> dict[str, float]:
     }
     if case.library is not None:
         found["library_us"] = time_us([case.library])
-    if case.before is not None:
-        found["kernel_us"] = us - time_us([case.before] * len(case.calls))
+    if case.kernel:
+        found["kernel_us"] = time_us(case.kernel)
+        found["kernel_of_copy"] = case.n_bytes / found["kernel_us"] / 1e3 / copy
     return {name: float(f"{value:.4g}") for name, value in found.items()}
 
 
@@ -259,6 +271,7 @@ def _driver() -> str:
 
 def main(
     only: Annotated[str, typer.Option(help="Rows whose name has this.")] = "",
+    formats: Annotated[str, typer.Option(help="Of the products' weights.")] = ",".join(FORMATS),
     tiny: Annotated[bool, typer.Option(help="Small operands, for the interpreter.")] = False,
     keep: Annotated[bool, typer.Option(help="Write results/gpu_kernels.json.")] = False,
 ) -> None:
@@ -268,7 +281,8 @@ def main(
     about = describe_gpu(kernels.device)
     ceilings = Ceilings(kernels.device, tiny)
     with torch.inference_mode():
-        for case in Cases(kernels, TINY if tiny else REAL).all():
+        sizes = TINY if tiny else REAL
+        for case in Cases(kernels, sizes, formats.split(",") if formats else ()).all():
             if only in case.test:
                 report.row(test=case.test, **about, **figures(case, ceilings))
 
