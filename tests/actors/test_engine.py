@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing
 
@@ -12,10 +13,14 @@ import pytest
 from msgspec import convert
 
 from actors.engine import Engine
+from actors.local import LocalStages
+from actors.pipeline import LocalPipeline
 from actors.request import Event, GenerateRequest
-from sharding.batch import Batch, Choice, SamplingParams
+from sharding.batch import Batch, Choice, Result, SamplingParams
 from sharding.errors import ContextLengthError, LongspanError, StageError, UnavailableError
 from sharding.gguf.reader import GGUFFile
+from sharding.model_plan import Wanted, plan_model
+from sharding.planner import Device
 from tests.stages import GREEDY, generate, local_engine, tokens_of, wait_until
 from tests.tiny_gguf import tiny_llama
 
@@ -158,3 +163,55 @@ def test_a_model_that_cannot_be_loaded_is_reported_with_the_reason() -> None:
     del file.tensors["output_norm.weight"]
     with pytest.raises(LongspanError, match="output_norm.weight"):
         local_engine(file)
+
+
+class HeldPipeline(LocalPipeline):
+    """Stages that answer nothing while they are `held`."""
+
+    held = threading.Event()
+
+    def receive(self, timeout_s: float | None) -> Result | None:
+        """Nothing after the timeout, as from a stage that computes for long."""
+        if self._sent and self.held.is_set():
+            time.sleep(timeout_s or 0.0)
+            return None
+        return super().receive(timeout_s)
+
+
+class QuietStages(LocalStages):
+    """Counts the quiet moments that it is told of, and how often it is asked whether it lives."""
+
+    quiet = asked = 0
+
+    def use_quiet(self) -> None:
+        """One more."""
+        self.quiet += 1
+
+    def check(self) -> None:
+        """They do."""
+        self.asked += 1
+
+
+def test_a_long_step_is_no_quiet_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What starts in a quiet moment would slow down the step that somebody waits for."""
+    monkeypatch.setattr("actors.engine._SILENT_S", 0.05)
+    monkeypatch.setattr("actors.local.LocalPipeline", HeldPipeline)
+    file = GGUFFile.from_bytes(tiny_llama())
+    source = QuietStages(file, plan_model(file, [Device("here", 1 << 40)], Wanted(256, 2048)))
+    engine = Engine(source)
+    engine.start()
+    engine.wait_ready()
+    with closing(engine):
+        wait_until(lambda: source.quiet > 1)
+        HeldPipeline.held.set()
+        sink: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        engine.submit(GenerateRequest("long", [5], 2, GREEDY), sink.put)
+        asked = source.asked
+        wait_until(lambda: source.asked > asked + 1)  # in flight by now
+        quiet, asked = source.quiet, source.asked
+        wait_until(lambda: source.asked > asked + 3)
+        assert source.quiet == quiet
+        HeldPipeline.held.clear()
+        while not sink.get(timeout=30).last:
+            pass
+        wait_until(lambda: source.quiet > quiet)
