@@ -8,7 +8,7 @@ are more than the cache holds, in a CUDA graph, as a decoded token runs them; th
 `do_bench`, which empties the cache in between:
 
     us               of one call on the device, all kernels of it
-    kernel_us        of a product of few tokens whose activations are digits already
+    kernel_us        of a product of few tokens whose activations are digits already; kernel_of_copy
     gb_s, of_copy    bytes that must be read (planes, KV, activations) and their share of what
                      copying memory reaches, counted as read and written
     tflop_s, of_gemm two for each multiplication and addition, and their share of torch's bf16 GEMM

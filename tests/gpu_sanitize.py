@@ -21,6 +21,7 @@ import torch
 
 from sharding.batch import SamplingParams, Segment
 from sharding.gguf.reader import GGUFFile
+from sharding.kernels.planes import BLOCK, PLANES
 from sharding.kernels.triton import TritonKernels, interpreted
 from sharding.kernels.triton_prefix import Library
 from sharding.model.kv_cache import LayerPages
@@ -42,13 +43,15 @@ TOKENS = (1, 16, 17)
 
 
 def products() -> None:
-    """In every format, with rows short of a tile and columns short of a block."""
+    """In every format, with rows short of a tile, columns short of a block where the format allows
+    it, and cuts short of blocks."""
     kernels = TritonKernels()
     for name in FORMAT_NAMES:
-        weight = kernels.pack(file_of(w=(name, random_raw(name, 70, 768))), ["w"])
+        cols = 2304 if PLANES[name].unit == BLOCK else 2304 + 32
+        weight = kernels.pack(file_of(w=(name, random_raw(name, 70, cols))), ["w"])
         kernels.embed(weight, range(70))
         for tokens in TOKENS:
-            x_TI = normal(tokens, 768).to(kernels.device)
+            x_TI = normal(tokens, cols).to(kernels.device)
             kernels.matmul(x_TI, weight, normal(tokens, 70).to(kernels.device))
 
 

@@ -171,6 +171,7 @@ class Replayed(Protocol):
 class CapturedGraph:
     """The blocks of batches of one shape, from `x` to `y`."""
 
+    shape: Shape
     inputs: Inputs
     x: Tensor
     graph: Replayed
@@ -197,6 +198,7 @@ class Graphs:
         found = self._ready(index) or self._planned(index, x_TI)
         if found is None:
             return None
+        self._keep(found)
         found.inputs.submit()
         found.x.copy_(x_TI)
         found.graph.replay()
@@ -219,14 +221,16 @@ class Graphs:
         if cuts is None:
             return None
         shape = Shape.of(index, cuts)
-        found = self._made.pop(shape, None)
-        if found is None:
-            if len(self._made) >= MOST_GRAPHS:
-                del self._made[next(iter(self._made))]
-            found = self._make(shape, x_TI, index, cuts)
-        self._made[shape] = found  # the last to go
+        found = self._made.get(shape) or self._make(shape, x_TI, index, cuts)
         found.inputs.write(index, cuts)
         return found
+
+    def _keep(self, used: CapturedGraph) -> None:
+        """It is the last to go."""
+        self._made.pop(used.shape, None)
+        if len(self._made) >= MOST_GRAPHS:
+            del self._made[next(iter(self._made))]
+        self._made[used.shape] = used
 
     def _foresee(self, index: BatchIndex) -> None:
         following = _next(index)
@@ -251,4 +255,4 @@ class Graphs:
             self._pool = torch.cuda.graph_pool_handle()
         with torch.cuda.graph(graph, pool=self._pool):
             y = self._blocks(x, inputs.index, inputs.works)
-        return CapturedGraph(inputs, x, graph, y)
+        return CapturedGraph(shape, inputs, x, graph, y)

@@ -117,10 +117,26 @@ def _as_tiles(bytes, TILES: tl.constexpr):
 
 
 @triton.jit
+def _group(at, N: tl.constexpr):
+    """Words of a group of digits `[C, w, 1, 2 or 4]`, in pieces of 128: of a longer row the
+    compiler would give each warp a part, and fetch what it needs through shared memory."""
+    if N == 64:
+        one = tl.join(tl.load(at), tl.load(at + 256))
+        other = tl.join(tl.load(at + 128), tl.load(at + 384))
+        found = tl.join(one, other)
+        found = tl.reshape(found, [found.shape[0], 128, 4])
+    elif N == 32:
+        found = tl.join(tl.load(at), tl.load(at + 128))
+    else:
+        found = tl.expand_dims(tl.load(at), 2)
+    return found
+
+
+@triton.jit
 def _halved(words, part: tl.constexpr, PARTS: tl.constexpr, ASM: tl.constexpr):
     """Words of digits in the order of `_digits`, as bytes; of two parts one, zeros for the rest."""
     if PARTS > 1:
-        words = tl.where((tl.arange(0, words.shape[1]) % 2 == part)[None, :], words, 0)
+        words = tl.where((tl.arange(0, words.shape[1]) % 2 == part)[None, :, None], words, 0)
     return _bits(words, 0, 255, ASM).to(tl.int8, bitcast=True)
 
 
@@ -130,8 +146,8 @@ def _as_columns(bytes, N: tl.constexpr):
     `_digits`: 16 bytes, or 8, of each thread."""
     eights: tl.constexpr = 2 if N > 8 else 1
     cuts: tl.constexpr = bytes.shape[0]
-    lanes = tl.reshape(bytes, [cuts, N // 8 // eights, 8, 4, eights, 2, 4])
-    return tl.reshape(tl.permute(lanes, [0, 3, 5, 6, 1, 4, 2]), [cuts, _RUN, N])
+    lanes = tl.reshape(bytes, [cuts, 8, 4, eights, 2, N // 8 // eights, 4])
+    return tl.reshape(tl.permute(lanes, [0, 2, 4, 6, 5, 3, 1]), [cuts, _RUN, N])
 
 
 @triton.jit
@@ -188,7 +204,7 @@ def _block(
             high_COI = tl.reshape(own[LOW + k * HIGH // 8], [CUTS, tiles, 8, 4, 2, 2])
         bytes = _integers(low_COI, high_COI, codes, k, LOW, HIGH, PLACE, CODED, ASM)
         q_COI = _as_tiles(bytes, tiles)
-        x = tl.load(digits + k * (_RUN * N // 4))
+        x = _group(digits + k * (_RUN * N // 4), N)
         for part in tl.static_range(parts):
             x_CIN = _as_columns(_halved(x, part, parts, ASM), N)
             dot_CON = tl.dot(q_COI, x_CIN)
@@ -235,7 +251,7 @@ def _few(
     low_1W = (low + tile_W * (blocks * (size * LOW)) + word % size)[None, :]
     high_1W = (high + tile_W * (blocks * (size * HIGH)) + word % size)[None, :]
     inside = (tile_W * _TILE < rows)[None, :] if tiles > 1 else None
-    group_1X = digits + tl.arange(0, _RUN * N // 4)[None, :]
+    group_1X = digits + tl.arange(0, 64 if N == 8 else 128)[None, :]
     each: tl.constexpr = 2 if MINIMUM else 1
     count: tl.constexpr = 8 * (_RUN // GROUP) * each // 4 if SCALED else 8
     first_C = tl.arange(0, CUTS) * length

@@ -39,12 +39,11 @@ COPIED_BYTES = 1 << 24
 """Bytes of floats that are copied at a time."""
 
 WARPS = 2048
-"""A matrix of few rows is cut along its columns too, into about so many warps: enough for any GPU
+"""A matrix of few rows is cut along its columns too, into up to so many warps: enough for any GPU
 to wait for memory in all of them at once. The cuts depend on the matrix alone."""
 
 MOST_CUTS = 8
 """Warps of a program: with more, 16 tokens find too few registers."""
-
 
 MOST_TILES = 1 << 16
 """Most tiles of rows of a matrix of floats."""

@@ -1,8 +1,9 @@
 """Products of few tokens as Triton's compiler makes them for a GPU, run without one.
 
-    python -m tests.sharding.kernels.emulated [FORMAT:TOKENS ...]     where nothing is interpreted
+    python -m tests.sharding.kernels.emulated [FORMAT:TOKENS:CUTS ...]     where nothing interprets
 
-Prints for each format and number of tokens how far the result is from the truth, in its bound.
+Prints for each product, its rows in up to so many cuts, how far it is from the truth, as a share of
+its bound.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class Emulated:
 
 
 def error(name: str, tokens: int, rows: int, cols: int) -> float:
-    """Of a product, as a share of its bound; above 1 it is wrong."""
+    """Of a product, as a share of its bound: above 1 it is wrong."""
     raw = random_raw(name, rows, cols)
     file = file_of(w=(name, raw))
     device = torch.device("cpu")
@@ -87,12 +88,13 @@ def error(name: str, tokens: int, rows: int, cols: int) -> float:
 
 
 def main(asked: Sequence[str]) -> None:
-    """Every quantised format, or those named."""
+    """The products asked for, or every quantised format's."""
     triton_matmul._few = Emulated(triton_matmul._few)
     triton_digits._digits = Emulated(triton_digits._digits)
     quantised = [name for name, planes in PLANES.items() if planes.quantised]
-    for each in asked or [f"{name}:{tokens}" for name in quantised for tokens in (1, 16)]:
-        name, tokens = each.split(":")
+    for each in asked or [f"{name}:{tokens}:8" for name in quantised for tokens in (1, 16)]:
+        name, tokens, cuts = each.split(":")
+        triton_products.MOST_CUTS = int(cuts)
         share = error(name, int(tokens), 40, 2304)
         sys.stdout.write(json.dumps({"product": each, "share": share}) + "\n")
 

@@ -116,7 +116,7 @@ class Block(Registers):
             at += 1
             self._active = np.ones(self._threads, np.bool_)
             if each.guard:
-                self._active = self._registers[each.guard] ^ each.unless
+                self._active = self._register(each.guard) ^ each.unless
                 if not self._active.any():
                     continue
             name, *kinds = each.operation.split(".")

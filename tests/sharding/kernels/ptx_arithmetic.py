@@ -27,6 +27,10 @@ _COMPARED: dict[str, Callable[[Values, Values], Values]] = {
 }  # fmt: skip
 
 
+_POISON = 0x7FF7BAAD7FC0BAAD
+"""In registers of threads that never wrote them: not a number, and no address."""
+
+
 class Registers:
     """Of so many threads, by name, as unsigned integers or predicates. Those that are not active
     keep what they have."""
@@ -41,8 +45,7 @@ class Registers:
         if operand.startswith("%"):
             found = self._special.get(operand)
             if found is None:
-                assert operand in self._registers, f"nothing wrote {operand}"
-                found = self._registers[operand]
+                found = self._register(operand)
             if found.dtype == np.bool_:
                 return found
             size = np.dtype(kind).itemsize
@@ -60,6 +63,10 @@ class Registers:
             return np.full(self._threads, bool(number))
         return np.full(self._threads, number % (1 << size), f"u{size // 8}").view(kind)
 
+    def _register(self, name: str) -> Values:
+        assert name in self._registers, f"nothing wrote {name}"
+        return self._registers[name]
+
     def _set(self, operand: str, value: Values) -> None:
         if operand == "_":
             return
@@ -68,8 +75,10 @@ class Registers:
             if value.dtype.itemsize < size:
                 value = value.astype(f"{'i' if value.dtype.kind == 'i' else 'u'}{size}")
             value = value.view(f"u{size}")
-        former = self._registers.get(operand)
-        if former is not None and not self._active.all():
+        if not self._active.all():
+            former = self._registers.get(operand)
+            if former is None:  # what a compiler may leave open, if nobody minds in the end
+                former = np.full(self._threads, _POISON % (1 << 8 * value.itemsize), value.dtype)
             value = np.where(self._active, value, former)
         self._registers[operand] = value.copy()
 
@@ -105,8 +114,8 @@ class Registers:
         kind = self._of(kinds)
         wide = np.longdouble if kind is np.float64 else np.float64
         one, other = self._two(kinds, a, b)
-        exact = one.astype(wide) * other.astype(wide) + self._value(c, kind).astype(wide)
-        self._set(to, exact.astype(kind))
+        sum = one.astype(wide) * other.astype(wide) + self._value(c, kind).astype(wide)
+        self._set(to, sum.astype(kind))  # rounded twice, which bounds allow
 
     def _div(self, kinds: Sequence[str], to: str, a: str, b: str) -> None:
         one, other = self._two(kinds, a, b)
@@ -179,7 +188,7 @@ class Registers:
         self._set(to, found.view(np.uint32)[:, 0])
 
     def _selp(self, kinds: Sequence[str], to: str, a: str, b: str, which: str) -> None:
-        self._set(to, np.where(self._registers[which], *self._two(kinds, a, b)))
+        self._set(to, np.where(self._register(which), *self._two(kinds, a, b)))
 
     def _setp(self, kinds: Sequence[str], to: str, a: str, b: str) -> None:
         self._set(to, _COMPARED[kinds[0].removesuffix("u")](*self._two(kinds, a, b)))

@@ -49,6 +49,9 @@ ON_GPU = DEVICE.type == "cuda"
 REFERENCE = ReferenceKernels()
 in_every_format = pytest.mark.parametrize("name", FORMAT_NAMES)
 not_finite = pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+COLS = 2304 if ON_GPU else 768
+"""Enough for a row to be cut in eight; an interpreter is slow."""
+
 WAYS = (1, 3, 16, 17)
 """Tokens for every way that a product takes."""
 
@@ -90,9 +93,9 @@ def attend(q_TX: torch.Tensor, index: BatchIndex, pages: LayerPages, window: int
 
 @in_every_format
 def test_matmul(name: str) -> None:
-    weight, exact = packed(name, 70, 768)
+    weight, exact = packed(name, 70, COLS)
     for tokens in WAYS:
-        x_TI, residual_TO = normal(tokens, 768), normal(tokens, 70, seed=3)
+        x_TI, residual_TO = normal(tokens, COLS), normal(tokens, 70, seed=3)
         # Interpreted, every way once.
         for residual in (residual_TO, None) if ON_GPU else (residual_TO if tokens % 2 else None,):
             expected = triton_bounds.matmul(x_TI, exact, weight.parts[0], residual)
@@ -210,8 +213,8 @@ def test_what_is_not_finite_stays_in_its_row(bad: float, tokens: int) -> None:
 def test_a_token_beside_others_is_the_token_alone(name: str) -> None:
     """Of up to sixteen tokens each is computed as it would be alone, bit for bit. Interpreted, with
     sums that are exact: numpy adds up a wider matrix product in another order."""
-    weight, _ = packed(name, 50, 768)
-    x_TI = normal(16, 768)
+    weight, _ = packed(name, 50, COLS)
+    x_TI = normal(16, COLS)
     x_TI = x_TI if ON_GPU else (x_TI * 8).round()
     some = list(range(16)) if ON_GPU else [0, 1, 4, 15]
     alone = torch.cat([matmul(x_TI[t : t + 1], weight) for t in some])

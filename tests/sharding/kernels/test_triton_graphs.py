@@ -102,7 +102,7 @@ class EagerGraphs(Graphs):
             return self._blocks(x, inputs.index, inputs.works)
 
         y = run()
-        return CapturedGraph(inputs, x, Eager(run, y), y)
+        return CapturedGraph(shape, inputs, x, Eager(run, y), y)
 
 
 def test_steps_are_foreseen_and_others_are_planned_anew() -> None:
