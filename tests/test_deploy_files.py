@@ -162,7 +162,18 @@ def _make(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_make_alone_lists_the_targets() -> None:
     listed = re.findall(r"^make ([\w-]+)", _make().stdout, re.MULTILINE)
-    known = ["help", "demo", "test", "lint", "sanitize", "gpu-test", "gpu-bench", "setup", "clean"]
+    known = [
+        "help",
+        "demo",
+        "test",
+        "lint",
+        "sanitize",
+        "gpu-test",
+        "gpu-sanitize",
+        "gpu-bench",
+        "setup",
+        "clean",
+    ]
     assert listed == known
 
 
