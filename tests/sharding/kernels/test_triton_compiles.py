@@ -3,10 +3,6 @@ has seen may not compile, or not fit."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,21 +10,7 @@ import pytest
 pytest.importorskip("triton", reason="Triton is for Linux on x86-64")
 
 
-def compiled(tmp_path: Path, *arguments: str) -> dict[str, dict[str, int]]:
-    """The compiler's rows, by kernel; in a process that does not interpret."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench.triton_code", *arguments]
-    done = subprocess.run(
-        command,
-        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=250,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
-    return {row["test"]: row for row in rows}
-
+from tests.sharding.kernels.uninterpreted import rows_of
 
 ROWS = ("norm", "silu", "rotate", "draw", "digits", "halve", "finish", "gather", "round")
 
@@ -42,7 +24,8 @@ def test_kernels_compile_and_fit(capability: str, names: tuple[str, ...], tmp_pa
     registers, reads 16 bytes at a time and spends few instructions on a weight; 16 tokens less so.
     """
     only = [argument for name in names for argument in ("--only", name)]
-    rows = compiled(tmp_path, "--capability", capability, *only)
+    found = rows_of("bench.triton_code", "--capability", capability, *only, cache=tmp_path)
+    rows = {row["test"]: row for row in found}
     assert all(any(name in row for row in rows) for name in names)
     for name, row in rows.items():
         assert row["shared_bytes"] <= 99 << 10, row  # of capability 8.6 and 8.9; others have more
