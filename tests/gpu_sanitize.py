@@ -20,6 +20,7 @@ from dataclasses import replace
 import torch
 
 from sharding.batch import SamplingParams, Segment
+from sharding.errors import LongspanError
 from sharding.gguf.reader import GGUFFile
 from sharding.kernels.planes import BLOCK, PLANES
 from sharding.kernels.triton import TritonKernels, interpreted
@@ -110,7 +111,11 @@ def sanitized(tool: str, part: str) -> int:
 def main(asked: Sequence[str]) -> int:
     """Run the tools asked for, or all."""
     if asked and asked[0] in PARTS:
-        run(asked[0])
+        try:
+            run(asked[0])
+        except LongspanError as missing:
+            sys.stderr.write(f"gpu-sanitize: nothing was looked at: {missing}\n")
+            return 1
         return 0
     if shutil.which("compute-sanitizer") is None:
         sys.stderr.write("gpu-sanitize: compute-sanitizer is missing; CUDA's toolkit has it\n")
