@@ -2,8 +2,8 @@
 
 What Triton's interpreter shows is what a kernel means; this shows what its compiler made of it,
 above all where assembly and layouts are involved. It refuses memory outside of what it was given.
-Threads go in step, so a missing barrier does not show, and a branch that not all of a block take is
-refused.
+Copies to shared memory come as late as their waits allow. Threads go in step, so a missing barrier
+does not show, and a branch that not all of a block take is refused.
 
 NVIDIA, PTX ISA 8.7. Not here: arithmetic (`ptx_arithmetic.py`), which kernels, and what they should
 compute (`emulated.py`).
@@ -102,6 +102,8 @@ class Block(Registers):
         self._shared = np.zeros(shared, np.uint8)
         self._shared_there = np.ones(shared, np.bool_)
         self._special = {"%tid.x": np.arange(threads, dtype=np.uint32)}
+        self._pending: list[tuple[Values, Values, Values]] = []
+        self._groups: list[list[tuple[Values, Values, Values]]] = []
         for axis, at in zip("xyz", place, strict=False):
             self._special[f"%ctaid.{axis}"] = np.full(threads, at, np.uint32)
 
@@ -242,29 +244,55 @@ class Block(Registers):
         self._set(to, np.repeat(found.astype(given.dtype), 32))
 
     def _mma(self, kinds: Sequence[str], to: str, a: str, b: str, c: str) -> None:
-        assert kinds[2] == "m16n8k32" and kinds[-2] == "s8", kinds
+        bytes_wide = {"m16n8k32": 1, "m16n8k16": 2}[kinds[2]]
+        assert kinds[-2] in ("s8", "f16"), kinds
+        kind, total = (np.int8, np.int32) if bytes_wide == 1 else (np.float16, np.float32)
+        a_TI, b_TI = (self._parts(each, kind) for each in (a, b))
+        c_TN = np.stack([self._value(name, total) for name in inside(c)], 1)
+        results = np.empty_like(c_TN)
         lane = np.arange(32)
         group, member = lane // 4, lane % 4
-        a_TB, b_TB = (self._bytes(each) for each in (a, b))
-        c_TN = np.stack([self._value(name, np.int32) for name in inside(c)], 1)
-        results = np.empty_like(c_TN)
+        each = 4 // bytes_wide  # of a register; the second half of the columns is in later ones
         for first in range(0, self._threads, 32):
             own = slice(first, first + 32)
-            matrix_a, matrix_b = np.zeros((16, 32), np.int64), np.zeros((32, 8), np.int64)
-            for i in range(16):
-                row = group + (0 if i < 4 or 8 <= i < 12 else 8)
-                matrix_a[row, member * 4 + i % 4 + (16 if i >= 8 else 0)] = a_TB[own, i]
-            for i in range(8):
-                matrix_b[member * 4 + i % 4 + (16 if i >= 4 else 0), group] = b_TB[own, i]
+            wide = np.int64 if kind is np.int8 else np.float64
+            matrix_a, matrix_b = np.zeros((16, 8 * each), wide), np.zeros((8 * each, 8), wide)
+            for i in range(4 * each):
+                register = i // each
+                column = member * each + i % each + 4 * each * (register // 2)
+                matrix_a[group + 8 * (register % 2), column] = a_TI[own, i]
+            for i in range(2 * each):
+                row = member * each + i % each + 4 * each * (i // each)
+                matrix_b[row, group] = b_TI[own, i]
             product = matrix_a @ matrix_b
             for i in range(4):
                 results[own, i] = c_TN[own, i] + product[group + 8 * (i // 2), member * 2 + i % 2]
         for number, name in enumerate(inside(to)):
             self._set(name, results[:, number])
 
-    def _bytes(self, names: str) -> Values:
+    def _parts(self, names: str, kind: type[Any]) -> Values:
         words = np.stack([self._value(name, np.uint32) for name in inside(names)], 1)
-        return np.ascontiguousarray(words).view(np.int8)
+        return np.ascontiguousarray(words).view(kind)
+
+    def _cp(self, kinds: Sequence[str], *operands: str) -> None:
+        """Copies to shared memory, as late as their waits allow."""
+        if kinds[1] == "commit_group":
+            self._groups.append(self._pending)
+            self._pending = []
+        elif kinds[1] == "wait_group":
+            done = len(self._groups) - int(operands[0], 0)
+            for to, copied, active in sum(self._groups[:done], []):
+                self._active = active
+                self._scatter("shared", to, copied)
+            del self._groups[: max(0, done)]
+        else:
+            size, active = int(operands[2], 0), self._active
+            wanted = self._value(operands[3], np.uint32)
+            assert np.isin(wanted[active], (0, size)).all(), wanted
+            self._active = active & (wanted > 0)
+            copied = self._gather("global", self._address(operands[1], "global"), size, np.uint8)
+            self._active = active
+            self._pending.append((self._address(operands[0], "shared"), copied, active))
 
 
 def run(

@@ -1,5 +1,5 @@
-"""What Triton's compiler makes of products of few tokens, run without a GPU: assembly and layouts,
-of which its interpreter knows nothing."""
+"""What Triton's compiler makes of the kernels of decoded tokens, run without a GPU: assembly and
+layouts, of which its interpreter knows nothing."""
 
 from __future__ import annotations
 
@@ -16,8 +16,12 @@ PRODUCTS = ("Q4_K:1:8", "Q6_K:1:2", "Q8_0:4:8", "IQ4_NL:1:1", "Q4_0:8:8", "Q8_0:
 columns, and more; cuts, of which the last have nothing left. All formats take two minutes:
 `python -m tests.sharding.kernels.emulated`."""
 
+ATTENTIONS = ("2/2x128:150:1:0", "4/1x64:150:1:100", "6/2x80:40:3:0")
+"""Runs of slots that are merged, a window, heads that fill no tile and several tokens."""
 
-def test_compiled_products_are_within_their_bounds(tmp_path: Path) -> None:
-    rows = rows_of("tests.sharding.kernels.emulated", *PRODUCTS, cache=tmp_path)
-    assert [row["product"] for row in rows] == list(PRODUCTS)
+
+@pytest.mark.parametrize("checks", [PRODUCTS, ATTENTIONS], ids=["products", "attention"])
+def test_what_is_compiled_is_within_its_bounds(checks: tuple[str, ...], tmp_path: Path) -> None:
+    rows = rows_of("tests.sharding.kernels.emulated", *checks, cache=tmp_path)
+    assert [row["check"] for row in rows] == list(checks)
     assert all(row["share"] < 1 for row in rows), rows
