@@ -271,11 +271,11 @@ def _few(
         # but it moves no loads over a barrier, nor what needs the digits that come after it.
         tl.debug_barrier()
         block_C = tl.minimum(first_C + number, blocks - 1)
-        factor_CN = tl.load(factors + block_C[:, None] * N + n[None, :])
         sum_CON = _block(
             own, group_1X + block_C[:, None] * (8 * _RUN * N // 4), codes, CUTS, N, ROWS, ASM, LOW,
             HIGH, PLACE, GROUP, SCALED, MINIMUM, CODED,
         )  # fmt: skip
+        factor_CN = tl.load(factors + block_C[:, None] * N + n[None, :])
         there_C11 = (first_C + number < last_C)[:, None, None]
         y_CON += tl.where(there_C11, factor_CN[:, None, :] * sum_CON, 0.0)
     y_COT = tl.sum(tl.reshape(y_CON, [CUTS, ROWS, N // 4, 4]), axis=3)
