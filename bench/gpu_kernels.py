@@ -149,7 +149,7 @@ class Cases:
         norm = partial(kernels.rms_norm, x_TI, scale_I, 1e-5)
         yield Case(f"rms_norm {width} T{tokens}", [norm], 2 * x_TI.nbytes)
         gate_up = torch.randn(tokens, 2 * width, device=self._device)
-        gate = partial(kernels.gated_silu, gate_up)
+        gate = partial(kernels.gated, gate_up)
         yield Case(f"gated_silu {width} T{tokens}", [gate], gate_up.nbytes * 3 // 2)
         pages = self._on_device(filled_layers(1, heads, tokens)[0])
         index = one_request(heads, 0, tokens).to(self._device)

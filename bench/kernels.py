@@ -206,7 +206,7 @@ class Cases:
 
     def _silu_work(self, tokens: int) -> Work:
         x_T2F = torch.randn(tokens, 2 * 11008)
-        return Work([partial(self._kernels.gated_silu, x_T2F)], x_T2F.nbytes)
+        return Work([partial(self._kernels.gated, x_T2F)], x_T2F.nbytes)
 
     def _rotate_work(self, tokens: int) -> Work:
         heads = HEADS["Llama-3-8B"]

@@ -18,7 +18,7 @@ from sharding.kernels import Kernels, Weight
 from sharding.model.arch import read_shape
 from sharding.model.attention import BatchIndex, build_index
 from sharding.model.kv_cache import LayerPages, PageStore
-from sharding.model.rope import frequencies
+from sharding.model.rope import rope_of
 from tests.tiny_gguf import random_weight, write_gguf
 
 Shape = tuple[int, int]
@@ -95,7 +95,7 @@ def one_request(heads: Heads, depth: int, tokens: int) -> BatchIndex:
     # Not in order: what a page table looks like after a day of requests.
     table = torch.from_numpy(np.random.default_rng(0).permutation(_pages(depth + tokens)))
     segment = Segment(1, depth, [0] * tokens)
-    return build_index([segment], {1: table}, shape, frequencies(shape, None))
+    return build_index([segment], {1: table}, rope_of(shape, None))
 
 
 def _pages(slots: int) -> int:

@@ -169,19 +169,33 @@ def attentions() -> Iterator[Kernel]:
 def rows() -> Iterator[Kernel]:
     """The kernels that take a row at a time."""
     x, y = {"x": "fp32"}, {"y": "fp32"}
-    yield Kernel("rms_norm", triton_rows._rms_norm, x | y | {"scale": "fp32"}, {"WIDTH": 4096})
-    of_one: Constants = {"WIDTH": 16, "width": 1}
-    yield Kernel("rms_norm of one", triton_rows._rms_norm, x | y | {"scale": "fp32"}, of_one)
-    yield Kernel("gated_silu", triton_rows._gated_silu, {"gate_up": "fp32"} | y, {"WIDTH": 2048})
-    for adjacent in (False, True):
+    normed = x | y | {"scale": "fp32", "residual": "fp32"}
+    for added in (False, True):
+        name = "rms_norm and residual" if added else "rms_norm"
+        yield Kernel(name, triton_rows._rms_norm, normed, {"WIDTH": 4096, "ADDED": added})
+    of_one: Constants = {"WIDTH": 16, "width": 1, "ADDED": False}
+    yield Kernel("rms_norm of one", triton_rows._rms_norm, normed, of_one)
+    for activation in ("silu", "gelu"):
+        gate: Constants = {"WIDTH": 2048, "GELU": activation == "gelu"}
+        yield Kernel(f"gated {activation}", triton_rows._gated, {"gate_up": "fp32"} | y, gate)
+    for name, adjacent, biased, headed in (
+        ("halves", False, False, False),
+        ("adjacent", True, False, False),
+        ("halves, bias", False, True, False),
+        ("halves, norms", False, False, True),
+    ):
         yield Kernel(
-            f"rotate_and_store {'adjacent' if adjacent else 'halves'}",
+            f"rotate_and_store {name}",
             triton_rows._rotate_and_store,
             {
-                "qkv": "fp32", "q": "fp32", "keys": "fp16", "values": "fp16", "cos": "fp32",
-                "sin": "fp32", "pages": "i64", "slots": "i64",
+                "qkv": "fp32", "bias": "fp32", "q_norm": "fp32", "k_norm": "fp32", "q": "fp32",
+                "keys": "fp16", "values": "fp16", "cos": "fp32", "sin": "fp32", "pages": "i64",
+                "slots": "i64",
             },
-            {"PAIRS": 64, "DIM": 128, "DIMS": 128, "ADJACENT": adjacent},
+            {
+                "PAIRS": 64, "DIM": 128, "DIMS": 128, "ADJACENT": adjacent, "BIASED": biased,
+                "NORMED": headed,
+            },
         )  # fmt: skip
     yield Kernel(
         "draw",
@@ -192,10 +206,12 @@ def rows() -> Iterator[Kernel]:
     digits = {"digits": "i8", "factors": "fp32"}
     size: Constants = {"N": 8, "BLOCKS": triton_products.Tiles().blocks}
     yield Kernel("digits", triton_digits._digits, x | digits, size)
-    normed = x | {"scale": "fp32"} | digits
-    yield Kernel("digits of norm", triton_digits._norm_digits, normed, size | {"WIDTH": 4096})
+    of_norm = x | {"scale": "fp32"} | digits
+    yield Kernel("digits of norm", triton_digits._norm_digits, of_norm, size | {"WIDTH": 4096})
     gated = {"gate_up": "fp32"} | digits
-    yield Kernel("digits of gate", triton_digits._gate_digits, gated, size)
+    for activation in ("silu", "gelu"):
+        name, how = f"digits of gate, {activation}", {"GELU": activation == "gelu"}
+        yield Kernel(name, triton_digits._gate_digits, gated, size | how)
     parts = {"partials": "fp32", "rows": "i32"} | digits
     for dim in (64, 128, 256):
         merged: Constants = {"N": 8, "DIM": dim, "PARTS": triton_attention.MERGED}

@@ -24,7 +24,7 @@ from sharding.model.arch import read_shape
 from sharding.model.attention import build_index
 from sharding.model.block import load_block
 from sharding.model.kv_cache import PageStore
-from sharding.model.rope import frequencies
+from sharding.model.rope import rope_of
 from sharding.model.sampling import History, takes_likeliest
 from sharding.model.tensors import EMBEDDING, OUTPUT_NORM, ROPE_FACTORS, check_tensors
 from sharding.model.weights import load_head, load_vector
@@ -95,7 +95,7 @@ class Stage:
         check_tensors(file, self.shape)
         self.kernels: Kernels = load_kernels(spec.kernels)
         factors = load_vector(file, ROPE_FACTORS) if ROPE_FACTORS in file.tensors else None
-        self._freqs_R = frequencies(self.shape, factors)
+        self._rope = rope_of(self.shape, factors)
         self._embedding = self.kernels.pack(file, [EMBEDDING]) if self.is_first else None
         self._blocks = list(self._load_blocks(file, report))
         self._output: Weight | None = None
@@ -196,7 +196,7 @@ class Stage:
         batch's KV."""
         self._check(batch)
         tables = {segment.request: self._open[segment.request].table for segment in batch.segments}
-        index = build_index(batch.segments, tables, self.shape, self._freqs_R)
+        index = build_index(batch.segments, tables, self._rope)
         if self._embedding is not None:
             hidden_TI = self._embed(batch, self._embedding)
         if hidden_TI is None or hidden_TI.shape != (batch.n_tokens, self.shape.hidden):
@@ -212,7 +212,9 @@ class Stage:
         ids = [token for segment in batch.segments for token in segment.tokens]
         if len(self._embedded_TI) != len(ids):
             self._embedded_TI = torch.empty(len(ids), self.shape.hidden)
-        return self.kernels.embed(embedding, ids, self._embedded_TI)
+        embedded_TI = self.kernels.embed(embedding, ids, self._embedded_TI)
+        scale = self.shape.embedding_scale
+        return embedded_TI if scale == 1 else embedded_TI.mul_(scale)
 
     def logits(self, hidden_TI: torch.Tensor) -> torch.Tensor:
         """Logits `[T, V]` of hidden states from the last layer (last stage only)."""

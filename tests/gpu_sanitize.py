@@ -36,7 +36,7 @@ from tests.sharding.kernels.world import (
     random_raw,
 )
 from tests.stages import load_stages, logits, open_request
-from tests.tiny_gguf import tiny_llama
+from tests.tiny_gguf import tiny_model
 
 TOOLS = ("memcheck", "racecheck")
 TOKENS = (1, 16, 17)
@@ -77,7 +77,7 @@ def attention() -> None:
 def stages() -> None:
     """A prompt, tokens after it in a graph, one drawn at random."""
     for format_name in ("Q4_K", "F16"):
-        data = tiny_llama(layers=2, hidden=256, heads=4, kv_heads=2, ffn=512, quant=format_name)
+        data = tiny_model(layers=2, hidden=256, heads=4, kv_heads=2, ffn=512, quant=format_name)
         whole = load_stages(GGUFFile.from_bytes(data), 1, kernels="triton")
         open_request(whole, 1, [3, 1, 2])
         logits(whole, [Segment(1, 0, list(range(40)))])

@@ -17,13 +17,16 @@ class Peer:
     def __init__(self, server: xllamacpp.Server) -> None:
         self._server = server
 
-    def next_logprobs(self, tokens: list[int], most: int) -> dict[int, float]:
+    def next_logprobs(
+        self, tokens: list[int], most: int, drawn_id: int | None = None
+    ) -> dict[int, float]:
         """Log-probabilities of the likeliest tokens to follow, likeliest first.
 
         They are the model's own, from before any sampler; `ignore_eos` only makes llama.cpp answer
-        where the likeliest token would end the text.
+        where the likeliest token would end the text. Where that may be a piece of a character, of
+        which it does not tell either, another one must be drawn.
         """
-        request = {
+        request: dict[str, Any] = {
             "prompt": tokens,
             "n_predict": 1,
             "temperature": 0,
@@ -31,6 +34,8 @@ class Peer:
             "n_probs": most,
             "cache_prompt": True,
         }
+        if drawn_id is not None:
+            request["logit_bias"] = [[drawn_id, 1000.0]]
         answer: dict[str, Any] = self._server.handle_completions(request)
         (drawn,) = answer["choices"][0]["logprobs"]["content"]
         return {found["id"]: found["logprob"] for found in drawn["top_logprobs"]}

@@ -1,6 +1,6 @@
 """Builds small GGUF files in memory, valid or forged: the world that tests bring along.
 
-`write_gguf` and the small writers below it put any bytes anywhere; `tiny_llama` makes a whole model
+`write_gguf` and the small writers below it put any bytes anywhere; `tiny_model` makes a whole model
 of random weights with a working tokenizer, in milliseconds. Not here: reading. Nothing of
 `sharding.gguf.reader` is used, so that a shared mistake cannot hide.
 """
@@ -127,19 +127,22 @@ def _number_type(dtype: np.dtype[Any]) -> int:
     return (names | {name: number for number, name in enumerate(small)})[dtype.name]
 
 
-class TinyLlama(msgspec.Struct, forbid_unknown_fields=True):
-    """Options of `tiny_llama`. `hidden` and `ffn` are multiples of 32, of 256 for K formats.
+class TinyModel(msgspec.Struct, forbid_unknown_fields=True):
+    """Options of `tiny_model`. `hidden` and `ffn` are multiples of 32, of 256 for K formats.
 
-    `vocab`: entries, filled up with unused tokens; as few as the tokenizer needs by default.
-    `quant`: format of all matrices but the embedding, which is Q8_0 beside quantised ones.
+    `family`: the architecture, with whatever else its blocks have. `head_dim`: hidden / heads by
+    default. `vocab`: entries, filled up with unused tokens; as few as the tokenizer needs by
+    default. `quant`: format of all matrices but the embedding, which is Q8_0 beside quantised ones.
     `tied`: no `output.weight`. `chat_template`: None for none. `extra_metadata`: keys to add or
     replace, or to drop where the value is None.
     """
 
+    family: str = "llama"
     layers: int = 4
     hidden: int = 64
     heads: int = 4
     kv_heads: int = 2
+    head_dim: int | None = None
     ffn: int = 96
     vocab: int | None = None
     context: int = 256
@@ -152,48 +155,59 @@ class TinyLlama(msgspec.Struct, forbid_unknown_fields=True):
     extra_metadata: dict[str, Any] | None = None
 
 
-def tiny_llama(**options: object) -> bytes:
-    """A llama model of random weights; `TinyLlama` lists the options. The same options give the
-    same bytes."""
-    model = msgspec.convert(options, TinyLlama)
+def tiny_model(**options: object) -> bytes:
+    """A model of random weights; `TinyModel` lists the options. The same options give the same
+    bytes."""
+    model = msgspec.convert(options, TinyModel)
     vocabulary = bpe_vocabulary if model.tokenizer == "bpe" else spm_vocabulary
-    metadata = _llama_metadata(model) | vocabulary(model.vocab)
+    metadata = _metadata(model) | vocabulary(model.vocab)
     if model.chat_template is not None:
         metadata["tokenizer.chat_template"] = model.chat_template
-    metadata["llama.vocab_size"] = len(metadata["tokenizer.ggml.tokens"])
+    metadata[f"{model.family}.vocab_size"] = len(metadata["tokenizer.ggml.tokens"])
     metadata |= model.extra_metadata or {}
     kept = {key: value for key, value in metadata.items() if value is not None}
-    return write_gguf(kept, _llama_tensors(model, len(metadata["tokenizer.ggml.tokens"])))
+    return write_gguf(kept, _tensors(model, len(metadata["tokenizer.ggml.tokens"])))
 
 
-def _llama_metadata(model: TinyLlama) -> dict[str, Any]:
+def _metadata(model: TinyModel) -> dict[str, Any]:
+    head_dim = model.head_dim or model.hidden // model.heads
+    sizes = {
+        "block_count": model.layers,
+        "context_length": model.context,
+        "embedding_length": model.hidden,
+        "feed_forward_length": model.ffn,
+        "attention.head_count": model.heads,
+        "attention.head_count_kv": model.kv_heads,
+        "rope.freq_base": 10000.0,
+        "attention.layer_norm_rms_epsilon": 1e-5,
+        "rope.dimension_count": head_dim,
+    }
+    if model.head_dim is not None:
+        sizes["attention.key_length"] = sizes["attention.value_length"] = head_dim
     return {
-        "general.architecture": "llama",
+        "general.architecture": model.family,
         "general.type": "model",
-        "general.name": "Tiny Llama",
+        "general.name": f"Tiny {model.family.capitalize()}",
         "general.languages": ["en"],
-        "llama.block_count": model.layers,
-        "llama.context_length": model.context,
-        "llama.embedding_length": model.hidden,
-        "llama.feed_forward_length": model.ffn,
-        "llama.attention.head_count": model.heads,
-        "llama.attention.head_count_kv": model.kv_heads,
-        "llama.rope.freq_base": 10000.0,
-        "llama.attention.layer_norm_rms_epsilon": 1e-5,
-        "llama.rope.dimension_count": model.hidden // model.heads,
         "general.quantization_version": 2,
         "general.file_type": 1024,  # llama.cpp's number for "not said"
-    }
+    } | {f"{model.family}.{key}": value for key, value in sizes.items()}
 
 
-def _llama_tensors(model: TinyLlama, vocab: int) -> dict[str, Tensor]:
+_QKV_BIAS = ("qwen2",)
+_HEAD_NORMS = ("qwen3", "gemma3")
+_POST_NORMS = ("gemma3",)
+
+
+def _tensors(model: TinyModel, vocab: int) -> dict[str, Tensor]:
     rng = np.random.default_rng(model.seed)
-    head_dim = model.hidden // model.heads
+    head_dim = model.head_dim or model.hidden // model.heads
+    queries, keys = head_dim * model.heads, head_dim * model.kv_heads
     shapes = {
-        "attn_q": (model.hidden, model.hidden),
-        "attn_k": (model.hidden, head_dim * model.kv_heads),
-        "attn_v": (model.hidden, head_dim * model.kv_heads),
-        "attn_output": (model.hidden, model.hidden),
+        "attn_q": (model.hidden, queries),
+        "attn_k": (model.hidden, keys),
+        "attn_v": (model.hidden, keys),
+        "attn_output": (queries, model.hidden),
         "ffn_gate": (model.hidden, model.ffn),
         "ffn_up": (model.hidden, model.ffn),
         "ffn_down": (model.ffn, model.hidden),
@@ -202,23 +216,30 @@ def _llama_tensors(model: TinyLlama, vocab: int) -> dict[str, Tensor]:
     embedding_format = model.quant if model.quant in ("F32", "F16", "BF16") else "Q8_0"
     tensors = {
         "token_embd.weight": random_weight(rng, (model.hidden, vocab), embedding_format),
-        "output_norm.weight": _around_one(rng, norm),
+        "output_norm.weight": _vector(rng, norm),
     }
     if model.rope_freqs:
         factors = np.linspace(1, 8, head_dim // 2, dtype=np.float32)
         tensors["rope_freqs.weight"] = (factors, factors.shape, "F32")
     if not model.tied:
         tensors["output.weight"] = random_weight(rng, (model.hidden, vocab), model.quant)
+    norms = {"attn_norm": norm, "ffn_norm": norm}
+    if model.family in _POST_NORMS:
+        norms |= {"post_attention_norm": norm, "post_ffw_norm": norm}
+    if model.family in _HEAD_NORMS:
+        norms |= {"attn_q_norm": (head_dim,), "attn_k_norm": (head_dim,)}
     for layer in range(model.layers):
-        for name in ("attn_norm", "ffn_norm"):
-            tensors[f"blk.{layer}.{name}.weight"] = _around_one(rng, norm)
+        for name, vector in norms.items():
+            tensors[f"blk.{layer}.{name}.weight"] = _vector(rng, vector)
         for name, shape in shapes.items():
             tensors[f"blk.{layer}.{name}.weight"] = random_weight(rng, shape, model.quant)
+            if model.family in _QKV_BIAS and name in ("attn_q", "attn_k", "attn_v"):
+                tensors[f"blk.{layer}.{name}.bias"] = _vector(rng, shape[1:], around=0.0)
     return tensors
 
 
-def _around_one(rng: np.random.Generator, shape: tuple[int, ...]) -> Tensor:
-    return rng.normal(1, 0.1, shape).astype(np.float32), shape, "F32"
+def _vector(rng: np.random.Generator, shape: tuple[int, ...], around: float = 1.0) -> Tensor:
+    return rng.normal(around, 0.1, shape).astype(np.float32), shape, "F32"
 
 
 def random_weight(rng: np.random.Generator, shape: tuple[int, int], format_name: str) -> Tensor:

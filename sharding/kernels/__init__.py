@@ -2,7 +2,8 @@
 load.
 
     T tokens of a batch, I inputs, O outputs, V vocabulary, H query heads, G kv heads, D head dim,
-    R rotary pairs of a head, F feed-forward width, P pages, S slots a page
+    R rotary pairs of a head, N rotations of a model, F feed-forward width, P pages, S slots a page,
+    X all heads of a token, one after the other
 
 Activations are float32, contiguous, row-major. KV pages are FP16: keys `[P, G, D, S]` so that
 vector lanes run over slots, values `[P, G, S, D]`. On CPUs every output element is reduced in one
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
     from sharding.batch import Choice, SamplingParams
     from sharding.gguf.reader import GGUFFile
+    from sharding.model.arch import Activation
     from sharding.model.attention import BatchIndex
     from sharding.model.kv_cache import LayerPages
     from sharding.model.sampling import History
@@ -58,11 +60,39 @@ class Weight(Protocol):
 
 
 @dataclass(frozen=True)
+class HeadWeights:
+    """What becomes of a block's queries, keys and values before they are stored.
+
+    `bias_X` is added to all of them; queries and keys are normed head by head by `q_norm_D` and
+    `k_norm_D`, and turn by rotation number `rotation`.
+    """
+
+    rotation: int = 0
+    bias_X: torch.Tensor | None = None
+    q_norm_D: torch.Tensor | None = None
+    k_norm_D: torch.Tensor | None = None
+    eps: float = 0.0
+
+    def __post_init__(self) -> None:
+        assert (self.q_norm_D is None) == (self.k_norm_D is None), "both norms or none"
+
+    @property
+    def n_bytes(self) -> int:
+        """Resident bytes."""
+        vectors = (self.bias_X, self.q_norm_D, self.k_norm_D)
+        return sum(vector.nbytes for vector in vectors if vector is not None)
+
+
+PLAIN_HEADS = HeadWeights()
+"""They turn by the first rotation, and nothing else."""
+
+
+@dataclass(frozen=True)
 class BlockWeights:
     """A decoder block's weights. Matrices with the same input are one: one pass reads them.
 
-    `window`: a token sees only so many slots, its own the last of them; 0 for all. `eps` is both
-    norms'.
+    `window`: a token sees only so many slots, its own the last of them; 0 for all. The post norms,
+    if any, are of what attention and feed-forward add. `eps` is that of all norms but the heads'.
     """
 
     attn_norm_I: torch.Tensor
@@ -73,13 +103,18 @@ class BlockWeights:
     ffn_down: Weight
     eps: float
     window: int = 0
+    heads: HeadWeights = PLAIN_HEADS
+    activation: Activation = "silu"
+    attn_post_norm_I: torch.Tensor | None = None
+    ffn_post_norm_I: torch.Tensor | None = None
 
     @property
     def n_bytes(self) -> int:
         """Resident bytes."""
         matrices = (self.qkv, self.attn_output, self.gate_up, self.ffn_down)
-        norms = self.attn_norm_I.nbytes + self.ffn_norm_I.nbytes
-        return norms + sum(weight.n_bytes for weight in matrices)
+        norms = (self.attn_norm_I, self.ffn_norm_I, self.attn_post_norm_I, self.ffn_post_norm_I)
+        vectors = self.heads.n_bytes + sum(norm.nbytes for norm in norms if norm is not None)
+        return vectors + sum(weight.n_bytes for weight in matrices)
 
 
 class Layers(Protocol):
@@ -91,9 +126,10 @@ class Layers(Protocol):
         """Hidden states `[T, I]` after all blocks; writes the batch's keys and values.
 
         Of each block: `x += attention(rms_norm(x) @ qkv.T) @ attn_output.T`, then
-        `x += gated_silu(rms_norm(x) @ gate_up.T) @ ffn_down.T`. With `wanted`, ascending, only
-        those rows come back: the last block need not compute more of the others than keys and
-        values. `x_TI` may be overwritten, and may be what comes back.
+        `x += gated(rms_norm(x) @ gate_up.T) @ ffn_down.T`, what is added normed first where the
+        block has post norms. With `wanted`, ascending, only those rows come back: the last block
+        need not compute more of the others than keys and values. `x_TI` may be overwritten, and may
+        be what comes back.
         """
 
 
@@ -138,16 +174,27 @@ class Kernels(Protocol):
     ) -> torch.Tensor:
         """`residual + x @ weight.T`, `[T, O]`; the residual is added last."""
 
-    def rms_norm(self, x_TI: torch.Tensor, scale_I: torch.Tensor, eps: float) -> torch.Tensor:
-        """`x / sqrt(mean(x^2) + eps) * scale`, row by row (Zhang and Sennrich, 2019)."""
+    def rms_norm(
+        self,
+        x_TI: torch.Tensor,
+        scale_I: torch.Tensor,
+        eps: float,
+        residual_TI: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`residual + x / sqrt(mean(x^2) + eps) * scale`, row by row (Zhang and Sennrich, 2019)."""
 
     def rotate_and_store(
-        self, qkv_TX: torch.Tensor, index: BatchIndex, pages: LayerPages
+        self,
+        qkv_TX: torch.Tensor,
+        index: BatchIndex,
+        pages: LayerPages,
+        heads: HeadWeights = PLAIN_HEADS,
     ) -> torch.Tensor:
         """Split `[T, (H + 2G) * D]`; return the turned queries `[T, H * D]`, store keys and values.
 
-        The first 2R elements of each query and key head turn by `index.cos_TR` and `sin_TR`; keys
-        and values go to each token's page and slot as FP16.
+        After what `heads` says, the first 2R elements of each query and key head turn by that
+        rotation's `index.cos_NTR` and `sin_NTR`; keys and values go to each token's page and slot
+        as FP16.
         """
 
     def attention(
@@ -159,8 +206,9 @@ class Kernels(Protocol):
         `window` a token sees only so many slots, its own the last of them.
         """
 
-    def gated_silu(self, gate_up_T2F: torch.Tensor) -> torch.Tensor:
-        """`silu(gate) * up`, `[T, F]` (Shazeer 2020, SwiGLU)."""
+    def gated(self, gate_up_T2F: torch.Tensor, activation: Activation = "silu") -> torch.Tensor:
+        """`activation(gate) * up`, `[T, F]` (Shazeer, 2020). "gelu" is its approximation by tanh
+        (Hendrycks and Gimpel, 2016), as those models were trained with."""
 
     def draw(
         self,

@@ -1,5 +1,6 @@
 """The compiled module; addresses are of arrays that the caller keeps alive."""
 
+import enum
 from collections.abc import Sequence
 
 class Weight:
@@ -18,28 +19,47 @@ class Weight:
 class Pages:
     def __init__(self, heads: int, kv_heads: int, dim: int, keys: int, values: int) -> None: ...
 
+class Heads:
+    """A bias of all heads, norms of queries and keys; 0 for none."""
+
+    def __init__(self, bias: int, q_norm: int, k_norm: int, eps: float) -> None: ...
+
+class Activation(enum.Enum):
+    silu = 0
+    gelu = 1
+
 class Batch:
     """`spans`: first row, stop row and position of each segment, one after the other; `tables`: the
-    addresses of their page tables; `frequencies`: that of `pairs` float64."""
+    addresses of their page tables; `frequencies`: that of float64 `[rotations, pairs]`, as many
+    rotations as `gains`."""
 
     def __init__(
-        self, spans: list[int], tables: list[int], frequencies: int, pairs: int, adjacent: bool
+        self,
+        spans: list[int],
+        tables: list[int],
+        frequencies: int,
+        gains: Sequence[float],
+        pairs: int,
+        adjacent: bool,
     ) -> None: ...
 
 class Layers:
     def __init__(self, kernels: Kernels) -> None: ...
     def append(
         self,
-        attention_norm: int,
+        norms: list[int],
+        eps: float,
         qkv: Weight,
         output: Weight,
-        ffn_norm: int,
         gate_up: Weight,
         down: Weight,
         pages: Pages,
         window: int,
-        eps: float,
-    ) -> None: ...
+        heads: Heads,
+        rotation: int,
+        activation: Activation,
+    ) -> None:
+        """`norms`: before attention, before the feed-forward, after each; the latter 0 for none."""
     def run(self, x: int, batch: Batch, y: int) -> None: ...
     def run_wanted(self, x: int, batch: Batch, wanted: list[int], y: int) -> None:
         """`wanted` ascends; those rows become the first of y."""
@@ -54,9 +74,13 @@ class Kernels:
     def __init__(self, isa: str) -> None: ...
     def matmul(self, x: int, tokens: int, weight: Weight, residual: int, y: int) -> None: ...
     def embed(self, weight: Weight, ids: Sequence[int], y: int) -> None: ...
-    def rms_norm(self, x: int, tokens: int, width: int, scale: int, eps: float, y: int) -> None: ...
-    def gated_silu(self, x: int, tokens: int, width: int, y: int) -> None: ...
-    def rotate_and_store(self, qkv: int, batch: Batch, pages: Pages, q: int) -> None: ...
+    def rms_norm(
+        self, x: int, tokens: int, width: int, scale: int, eps: float, residual: int, y: int
+    ) -> None: ...
+    def gated(self, x: int, tokens: int, width: int, activation: Activation, y: int) -> None: ...
+    def rotate_and_store(
+        self, qkv: int, heads: Heads, rotation: int, batch: Batch, pages: Pages, q: int
+    ) -> None: ...
     def attention(self, q: int, batch: Batch, pages: Pages, window: int, y: int) -> None: ...
     def draw(
         self,

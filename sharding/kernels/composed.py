@@ -8,8 +8,9 @@ for bit. A set that has a faster way for two steps that follow each other overri
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -57,16 +58,31 @@ class ComposedLayers:
         blocks = zip(self.weights, self.pages, strict=True)
         for number, (weights, pages) in enumerate(blocks):
             qkv_TX = self._normed(x_TI, weights.attn_norm_I, weights.eps, weights.qkv)
-            q_TX, at = self.kernels.rotate_and_store(qkv_TX, index, pages), index
+            q_TX = self.kernels.rotate_and_store(qkv_TX, index, pages, weights.heads)
+            at = index
             if wanted is not None and number == last:
                 if not wanted:
                     return x_TI[:0]
                 rows = list(wanted)
                 x_TI, q_TX, at = x_TI[rows], q_TX[rows], index.alone(rows)
-            x_TI = self._mixed(q_TX, at, pages, weights, x_TI)
+            mixed = partial(self._mixed, q_TX, at, pages, weights)
+            x_TI = self._onto(x_TI, mixed, weights.attn_post_norm_I, weights.eps)
             both_T2F = self._normed(x_TI, weights.ffn_norm_I, weights.eps, weights.gate_up)
-            x_TI = self._gated(both_T2F, weights.ffn_down, x_TI)
+            gated = partial(self._gated, both_T2F, weights)
+            x_TI = self._onto(x_TI, gated, weights.ffn_post_norm_I, weights.eps)
         return x_TI
+
+    def _onto(
+        self,
+        x_TI: torch.Tensor,
+        step: Callable[[torch.Tensor | None], torch.Tensor],
+        norm_I: torch.Tensor | None,
+        eps: float,
+    ) -> torch.Tensor:
+        """What a step gives, normed if there is a norm, on top of `x`."""
+        if norm_I is None:
+            return step(x_TI)
+        return self.kernels.rms_norm(step(None), norm_I, eps, x_TI)
 
     def _normed(
         self, x_TI: torch.Tensor, norm_I: torch.Tensor, eps: float, weight: Weight
@@ -80,14 +96,15 @@ class ComposedLayers:
         index: BatchIndex,
         pages: LayerPages,
         weights: BlockWeights,
-        residual_TI: torch.Tensor,
+        residual_TI: torch.Tensor | None,
     ) -> torch.Tensor:
         """Attention and its output."""
         mixed_TX = self.kernels.attention(q_TX, index, pages, weights.window)
         return self.kernels.matmul(mixed_TX, weights.attn_output, residual_TI)
 
     def _gated(
-        self, gate_up_T2F: torch.Tensor, weight: Weight, residual_TI: torch.Tensor
+        self, gate_up_T2F: torch.Tensor, weights: BlockWeights, residual_TI: torch.Tensor | None
     ) -> torch.Tensor:
         """A gate and the product after it."""
-        return self.kernels.matmul(self.kernels.gated_silu(gate_up_T2F), weight, residual_TI)
+        gated_TF = self.kernels.gated(gate_up_T2F, weights.activation)
+        return self.kernels.matmul(gated_TF, weights.ffn_down, residual_TI)

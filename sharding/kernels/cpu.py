@@ -16,6 +16,7 @@ import torch
 from sharding.batch import PAGE_SLOTS, Choice
 from sharding.cost import PANEL_ROWS
 from sharding.errors import COMPUTING_FAILED, ConfigError, UnsupportedModelError
+from sharding.kernels import PLAIN_HEADS
 
 try:
     from sharding.kernels import _cpu
@@ -29,7 +30,8 @@ from sharding.model.sampling import banned, draw, score
 if TYPE_CHECKING:
     from sharding.batch import SamplingParams
     from sharding.gguf.reader import GGUFFile, TensorInfo
-    from sharding.kernels import BlockWeights, Weight
+    from sharding.kernels import BlockWeights, HeadWeights, Weight
+    from sharding.model.arch import Activation
     from sharding.model.attention import BatchIndex, Rows
     from sharding.model.kv_cache import LayerPages
     from sharding.model.sampling import History
@@ -100,26 +102,40 @@ class CPUKernels:
         self.native.matmul(_address(x_TI), tokens, _own(weight), residual, y_TO.data_ptr())
         return y_TO
 
-    def rms_norm(self, x_TI: torch.Tensor, scale_I: torch.Tensor, eps: float) -> torch.Tensor:
+    def rms_norm(
+        self,
+        x_TI: torch.Tensor,
+        scale_I: torch.Tensor,
+        eps: float,
+        residual_TI: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Sixteen running sums of squares, added up in a fixed tree."""
         tokens, width = x_TI.shape
         assert len(scale_I) == width, scale_I.shape
+        assert residual_TI is None or residual_TI.shape == x_TI.shape, residual_TI.shape
         y_TI = torch.empty(tokens, width)
-        scale = _address(scale_I)
-        self.native.rms_norm(_address(x_TI), tokens, width, scale, eps, y_TI.data_ptr())
+        scale, residual = _address(scale_I), _address_if(residual_TI)
+        self.native.rms_norm(_address(x_TI), tokens, width, scale, eps, residual, y_TI.data_ptr())
         return y_TI
 
     def rotate_and_store(
-        self, qkv_TX: torch.Tensor, index: BatchIndex, pages: LayerPages
+        self,
+        qkv_TX: torch.Tensor,
+        index: BatchIndex,
+        pages: LayerPages,
+        heads: HeadWeights = PLAIN_HEADS,
     ) -> torch.Tensor:
         """Pages are written in place."""
         tokens, width = qkv_TX.shape
-        heads = width // pages.head_dim - 2 * pages.kv_heads
+        queries = width // pages.head_dim - 2 * pages.kv_heads
         assert width % pages.head_dim == 0 and tokens == index.n_tokens, qkv_TX.shape
-        assert 2 * len(index.freqs_R) <= pages.head_dim, index.freqs_R.shape
-        q_TX = torch.empty(tokens, heads * pages.head_dim)
-        batch, native = _native_batch(index), _native_pages(heads, pages)
-        self.native.rotate_and_store(_address(qkv_TX), batch, native, q_TX.data_ptr())
+        assert 2 * index.rope.turning <= pages.head_dim, index.rope.turning
+        q_TX = torch.empty(tokens, queries * pages.head_dim)
+        batch, native = _native_batch(index), _native_pages(queries, pages)
+        own = _native_heads(heads, width, pages.head_dim)
+        self.native.rotate_and_store(
+            _address(qkv_TX), own, heads.rotation, batch, native, q_TX.data_ptr()
+        )
         return q_TX
 
     def attention(
@@ -134,11 +150,12 @@ class CPUKernels:
         self.native.attention(_address(q_TX), batch, native, window, y_TX.data_ptr())
         return y_TX
 
-    def gated_silu(self, gate_up_T2F: torch.Tensor) -> torch.Tensor:
+    def gated(self, gate_up_T2F: torch.Tensor, activation: Activation = "silu") -> torch.Tensor:
         """The first half of the columns is the gate."""
         tokens, width = gate_up_T2F.shape
         y_TF = torch.empty(tokens, width // 2)
-        self.native.gated_silu(_address(gate_up_T2F), tokens, width // 2, y_TF.data_ptr())
+        how = _cpu.Activation[activation]
+        self.native.gated(_address(gate_up_T2F), tokens, width // 2, how, y_TF.data_ptr())
         return y_TF
 
     def draw(
@@ -223,17 +240,20 @@ class CPULayers:
         assert block.gate_up.cols == block.ffn_down.rows == hidden, block.gate_up.cols
         assert block.qkv.rows == (heads + 2 * pages.kv_heads) * pages.head_dim, block.qkv.rows
         assert block.gate_up.rows == 2 * block.ffn_down.cols, block.gate_up.rows
-        assert len(block.attn_norm_I) == len(block.ffn_norm_I) == hidden
+        norms = (block.attn_norm_I, block.ffn_norm_I, block.attn_post_norm_I, block.ffn_post_norm_I)
+        assert all(norm is None or len(norm) == hidden for norm in norms), norms
         self._layers.append(
-            _address(block.attn_norm_I),
+            [_address_if(norm) for norm in norms],
+            block.eps,
             _own(block.qkv),
             _own(block.attn_output),
-            _address(block.ffn_norm_I),
             _own(block.gate_up),
             _own(block.ffn_down),
             _native_pages(heads, pages),
             block.window,
-            block.eps,
+            _native_heads(block.heads, block.qkv.rows, pages.head_dim),
+            block.heads.rotation,
+            _cpu.Activation[block.activation],
         )
 
     def run(
@@ -241,7 +261,7 @@ class CPULayers:
     ) -> torch.Tensor:
         """In place."""
         assert x_TI.shape == (index.n_tokens, self._hidden), x_TI.shape
-        assert 2 * len(index.freqs_R) <= self._kept[1][0].head_dim, index.freqs_R.shape
+        assert 2 * index.rope.turning <= self._kept[1][0].head_dim, index.rope.turning
         x, batch = _address(x_TI), _native_batch(index)
         if wanted is None:
             self._layers.run(x, batch, x)
@@ -300,12 +320,23 @@ def _native_pages(heads: int, pages: LayerPages) -> _cpu.Pages:
     return _cpu.Pages(heads, pages.kv_heads, pages.head_dim, keys.data_ptr(), values.data_ptr())
 
 
+def _native_heads(heads: HeadWeights, features: int, dim: int) -> _cpu.Heads:
+    bias, norms = heads.bias_X, (heads.q_norm_D, heads.k_norm_D)
+    assert bias is None or len(bias) == features, bias.shape
+    assert all(norm is None or len(norm) == dim for norm in norms), norms
+    q_norm, k_norm = map(_address_if, norms)
+    return _cpu.Heads(_address_if(bias), q_norm, k_norm, heads.eps)
+
+
 def _native_batch(index: BatchIndex) -> _cpu.Batch:
-    freqs_R = index.freqs_R
-    assert freqs_R.dtype == torch.float64 and freqs_R.is_contiguous(), freqs_R.dtype
+    rope = index.rope
+    freqs_NR = rope.freqs_NR
+    assert freqs_NR.dtype == torch.float64 and freqs_NR.is_contiguous(), freqs_NR.dtype
+    assert len(rope.gains) == rope.rotations, rope.gains
     spans = [part for rows in index.rows for part in (rows.first, rows.stop, rows.position)]
     tables = [_table(rows) for rows in index.rows]
-    return _cpu.Batch(spans, tables, freqs_R.data_ptr(), len(freqs_R), index.pair_axis == -1)
+    adjacent = rope.pairs == "adjacent"
+    return _cpu.Batch(spans, tables, freqs_NR.data_ptr(), rope.gains, rope.turning, adjacent)
 
 
 def _table(rows: Rows) -> int:
@@ -319,6 +350,10 @@ def _table(rows: Rows) -> int:
 def _address(x: torch.Tensor) -> int:
     assert x.dtype == torch.float32 and x.is_contiguous(), (x.dtype, x.stride())
     return x.data_ptr()
+
+
+def _address_if(x: torch.Tensor | None) -> int:
+    return 0 if x is None else _address(x)
 
 
 def _own(weight: Weight) -> _cpu.Weight:

@@ -12,6 +12,7 @@ what else is in the batch then only moves a row within a tile, which changes not
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -21,13 +22,15 @@ from torch.nn.functional import silu
 
 from sharding.errors import COMPUTING_FAILED
 from sharding.gguf.quants import dequantise
+from sharding.kernels import PLAIN_HEADS
 from sharding.kernels.composed import ComposedHead, ComposedLayers
 from sharding.model.sampling import draw, score
 
 if TYPE_CHECKING:
     from sharding.batch import Choice, SamplingParams
     from sharding.gguf.reader import GGUFFile
-    from sharding.kernels import BlockWeights, Weight
+    from sharding.kernels import BlockWeights, HeadWeights, Weight
+    from sharding.model.arch import Activation
     from sharding.model.attention import BatchIndex, Rows
     from sharding.model.kv_cache import LayerPages
     from sharding.model.sampling import History
@@ -102,20 +105,37 @@ class ReferenceKernels:
         y_TO = product[: len(x_TI)]
         return y_TO if residual_TO is None else residual_TO + y_TO
 
-    def rms_norm(self, x_TI: torch.Tensor, scale_I: torch.Tensor, eps: float) -> torch.Tensor:
+    def rms_norm(
+        self,
+        x_TI: torch.Tensor,
+        scale_I: torch.Tensor,
+        eps: float,
+        residual_TI: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """The mean square is a float32 reduction over one row."""
-        return x_TI * torch.rsqrt(x_TI.square().mean(-1, keepdim=True) + eps) * scale_I
+        y_TI = x_TI * torch.rsqrt(x_TI.square().mean(-1, keepdim=True) + eps) * scale_I
+        return y_TI if residual_TI is None else residual_TI + y_TI
 
     def rotate_and_store(
-        self, qkv_TX: torch.Tensor, index: BatchIndex, pages: LayerPages
+        self,
+        qkv_TX: torch.Tensor,
+        index: BatchIndex,
+        pages: LayerPages,
+        heads: HeadWeights = PLAIN_HEADS,
     ) -> torch.Tensor:
-        """Rotate queries and keys, scatter by (page, slot)."""
+        """Add, norm, rotate, scatter by (page, slot)."""
+        if heads.bias_X is not None:
+            qkv_TX = qkv_TX + heads.bias_X
         qkv_THD = qkv_TX.unflatten(1, (-1, pages.head_dim))
         groups = pages.kv_heads
         q_THD, k_TGD, v_TGD = qkv_THD.split([qkv_THD.shape[1] - 2 * groups, groups, groups], dim=1)
-        pages.k_PGDS[index.page_T, :, :, index.slot_T] = _rotate(k_TGD, index).half()
+        if heads.q_norm_D is not None and heads.k_norm_D is not None:
+            q_THD = self.rms_norm(q_THD, heads.q_norm_D, heads.eps)
+            k_TGD = self.rms_norm(k_TGD, heads.k_norm_D, heads.eps)
+        turned_TGD = _rotate(k_TGD, index, heads.rotation)
+        pages.k_PGDS[index.page_T, :, :, index.slot_T] = turned_TGD.half()
         pages.v_PGSD[index.page_T, :, index.slot_T] = v_TGD.half()
-        return _rotate(q_THD, index).flatten(1)
+        return _rotate(q_THD, index, heads.rotation).flatten(1)
 
     def attention(
         self, q_TX: torch.Tensor, index: BatchIndex, pages: LayerPages, window: int = 0
@@ -128,10 +148,10 @@ class ReferenceKernels:
             attended[part] = _attend(q_THD[part], rows, pages, window)
         return attended.flatten(1)
 
-    def gated_silu(self, gate_up_T2F: torch.Tensor) -> torch.Tensor:
+    def gated(self, gate_up_T2F: torch.Tensor, activation: Activation = "silu") -> torch.Tensor:
         """The first half of the columns is the gate."""
         gate, up = gate_up_T2F.chunk(2, dim=-1)
-        return silu(gate) * up
+        return (silu(gate) if activation == "silu" else _gelu(gate)) * up
 
     def draw(
         self,
@@ -165,14 +185,21 @@ class ReferenceKernels:
         return ComposedHead(self, norm_I, eps, weight)
 
 
-def _rotate(x_THD: torch.Tensor, index: BatchIndex) -> torch.Tensor:
+def _gelu(x: torch.Tensor) -> torch.Tensor:
+    """`x (1 + tanh(z)) / 2` with z = sqrt(2 / pi) (x + 0.044715 x^3), which is `x sigmoid(2 z)`:
+    torch's own loses what is small to the sum."""
+    slope = 2 * math.sqrt(2 / math.pi)
+    return x * torch.sigmoid(x * (x.square() * (0.044715 * slope) + slope))
+
+
+def _rotate(x_THD: torch.Tensor, index: BatchIndex, rotation: int) -> torch.Tensor:
     """Views the rotating elements as pairs, whichever of them belong together."""
-    pairs = index.cos_TR.shape[1]
-    cos, sin = index.cos_TR[:, None, :], index.sin_TR[:, None, :]
-    head = x_THD[..., : 2 * pairs].unflatten(-1, index.pair_shape)
-    a, b = head.unbind(index.pair_axis)
-    turned = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=index.pair_axis)
-    return torch.cat((turned.flatten(-2), x_THD[..., 2 * pairs :]), dim=-1)
+    rope = index.rope
+    turning = 2 * rope.turning
+    cos, sin = index.cos_NTR[rotation, :, None], index.sin_NTR[rotation, :, None]
+    a, b = x_THD[..., :turning].unflatten(-1, rope.pair_shape).unbind(rope.pair_axis)
+    turned = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=rope.pair_axis)
+    return torch.cat((turned.flatten(-2), x_THD[..., turning:]), dim=-1)
 
 
 def _pad_rows(x: torch.Tensor, tile: int) -> torch.Tensor:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sharding.errors import COMPUTING_FAILED, ConfigError, StageError, UnsupportedModelError
+from sharding.kernels import PLAIN_HEADS
 from sharding.kernels.composed import ComposedHead
 from sharding.kernels.planes import PLANES
 
@@ -47,7 +48,8 @@ from sharding.model.sampling import draw, score
 if TYPE_CHECKING:
     from sharding.batch import Choice, SamplingParams
     from sharding.gguf.reader import GGUFFile
-    from sharding.kernels import BlockWeights, Layers, Weight
+    from sharding.kernels import BlockWeights, HeadWeights, Layers, Weight
+    from sharding.model.arch import Activation
     from sharding.model.attention import BatchIndex
     from sharding.model.kv_cache import LayerPages
     from sharding.model.sampling import History
@@ -180,15 +182,27 @@ class TritonKernels:
             assert residual_TO.shape == (len(x_TI), weight.rows), residual_TO.shape
         return self.products.matmul(x_TI, _own(weight), residual_TO)
 
-    def rms_norm(self, x_TI: torch.Tensor, scale_I: torch.Tensor, eps: float) -> torch.Tensor:
+    def rms_norm(
+        self,
+        x_TI: torch.Tensor,
+        scale_I: torch.Tensor,
+        eps: float,
+        residual_TI: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """A row a program."""
-        return triton_rows.rms_norm(x_TI.contiguous(), scale_I, eps)
+        if residual_TI is not None:
+            assert residual_TI.is_contiguous() and residual_TI.shape == x_TI.shape
+        return triton_rows.rms_norm(x_TI.contiguous(), scale_I, eps, residual_TI)
 
     def rotate_and_store(
-        self, qkv_TX: torch.Tensor, index: BatchIndex, pages: LayerPages
+        self,
+        qkv_TX: torch.Tensor,
+        index: BatchIndex,
+        pages: LayerPages,
+        heads: HeadWeights = PLAIN_HEADS,
     ) -> torch.Tensor:
         """Pages are written in place."""
-        return triton_rows.rotate_and_store(qkv_TX, index, pages)
+        return triton_rows.rotate_and_store(qkv_TX, index, pages, heads)
 
     def attention(
         self, q_TX: torch.Tensor, index: BatchIndex, pages: LayerPages, window: int = 0
@@ -208,9 +222,9 @@ class TritonKernels:
             self._works[way] = plan_work(index, way, self.tiles)
         return self._works[way]
 
-    def gated_silu(self, gate_up_T2F: torch.Tensor) -> torch.Tensor:
+    def gated(self, gate_up_T2F: torch.Tensor, activation: Activation = "silu") -> torch.Tensor:
         """The first half of the columns is the gate."""
-        return triton_rows.gated_silu(gate_up_T2F)
+        return triton_rows.gated(gate_up_T2F, activation)
 
     def draw(
         self,

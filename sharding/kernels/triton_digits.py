@@ -18,6 +18,7 @@ from torch import Tensor
 from sharding.kernels.planes import BLOCK, RUN
 from sharding.kernels.triton_attention import MERGED, Parts, _merged
 from sharding.kernels.triton_rows import _gate, _inverse_rms
+from sharding.model.arch import Activation
 
 _RUN = tl.constexpr(RUN)
 _BLOCK = tl.constexpr(BLOCK)
@@ -118,14 +119,15 @@ def _norm_digits(
 
 @triton.jit
 def _gate_digits(
-    gate_up, digits, factors, tokens, cols, blocks, N: tl.constexpr, BLOCKS: tl.constexpr
+    gate_up, digits, factors, tokens, cols, blocks, N: tl.constexpr, BLOCKS: tl.constexpr,
+    GELU: tl.constexpr,
 ):  # fmt: skip
-    """Of `silu(gate) * up`."""
+    """Of `activation(gate) * up`."""
     t, block_B, column_BI = _place(BLOCKS)
     at_BI = gate_up + t.to(tl.int64) * 2 * cols + column_BI
     mask_BI = (column_BI < cols) & (t < tokens)
     gate_BI = tl.load(at_BI, mask=mask_BI, other=0.0)
-    value_BI = _gate(gate_BI, tl.load(at_BI + cols, mask=mask_BI, other=0.0))
+    value_BI = _gate(gate_BI, tl.load(at_BI + cols, mask=mask_BI, other=0.0), GELU)
     _store(value_BI, block_B, column_BI, t, digits, factors, blocks, N)
 
 
@@ -185,13 +187,14 @@ def of_norm(x_TI: Tensor, scale_I: Tensor, eps: float, at_once: int) -> Digits:
     return made
 
 
-def of_gate(gate_up_T2F: Tensor, at_once: int) -> Digits:
-    """Of `gated_silu(gate_up)`."""
+def of_gate(gate_up_T2F: Tensor, activation: Activation, at_once: int) -> Digits:
+    """Of `gated(gate_up)`."""
     tokens, cols = gate_up_T2F.shape[0], gate_up_T2F.shape[1] // 2
     bytes, factors, made = _empty(tokens, cols, gate_up_T2F)
     _gate_digits[made.width // 4, triton.cdiv(made.blocks, at_once)](
-        gate_up_T2F, bytes, factors, tokens, cols, made.blocks, made.width, at_once
-    )
+        gate_up_T2F, bytes, factors, tokens, cols, made.blocks, made.width, at_once,
+        activation == "gelu",
+    )  # fmt: skip
     return made
 
 

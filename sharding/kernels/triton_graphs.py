@@ -7,7 +7,7 @@ tables, how attention is cut. A graph serves batches of one number of tokens, up
 pages and of parts of attention, powers of two: what there is less of is filled up with parts that
 do nothing.
 
-    T tokens, I hidden size, R rotary pairs
+    T tokens, I hidden size, N rotations of a model, R rotary pairs
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from torch import Tensor
 from sharding.batch import PAGE_SLOTS
 from sharding.kernels.triton_plan import Items, Work
 from sharding.model.attention import BatchIndex
-from sharding.model.rope import angles
 
 MOST_GRAPHS = 32
 """Kept; the one that was not used for longest makes room."""
@@ -42,11 +41,10 @@ _ALIGNED = 64
 
 @dataclass(frozen=True)
 class Shape:
-    """What a graph is made for: tokens, rotary pairs, page table entries, and of each cut of
-    attention parts, rows that they are merged into, and the most rows of a token."""
+    """What a graph is made for: tokens, page table entries, and of each cut of attention parts,
+    rows that they are merged into, and the most rows of a token."""
 
     tokens: int
-    pairs: int
     entries: int
     cuts: tuple[tuple[int, int, int], ...]
 
@@ -56,7 +54,6 @@ class Shape:
         entries = sum(len(rows.pages) for rows in index.rows)
         return cls(
             index.n_tokens,
-            len(index.freqs_R),
             triton.next_power_of_2(entries),
             tuple(
                 (triton.next_power_of_2(len(cut.fine)), len(cut.merged), cut.rows) for cut in cuts
@@ -73,7 +70,8 @@ class Inputs:
         self._shape = shape
         self._places: list[tuple[int, tuple[int, ...], torch.dtype]] = []
         self._size = 0
-        tokens, angles = (shape.tokens,), (shape.tokens, shape.pairs)
+        rope = index.rope
+        tokens, angles = (shape.tokens,), (rope.rotations, shape.tokens, rope.turning)
         for place, dtype in (
             (tokens, torch.int64),
             (tokens, torch.int64),
@@ -98,9 +96,9 @@ class Inputs:
             [view.numpy() for view in self._views(host)] for host in self._hosts
         ]
         views = self._views(self._device)
-        self.index = BatchIndex((), index.freqs_R, index.pair_shape, index.pair_axis, device)
+        self.index = BatchIndex((), rope, device)
         # The tensors that kernels ask the index for, which would make them of its rows.
-        names = ("page_T", "slot_T", "tables", "cos_TR", "sin_TR")
+        names = ("page_T", "slot_T", "tables", "cos_NTR", "sin_NTR")
         vars(self.index).update(zip(names, views[:5], strict=True))
         self.works = [
             Work(None, (), views[5 + 2 * number], views[6 + 2 * number], parts, rows)
@@ -124,7 +122,7 @@ class Inputs:
         if self._copied:
             self._copied[self._turn].synchronize()  # of the step before the last
         written = self._written[self._turn]
-        page_T, slot_T, entries, cos_TR, sin_TR = written[:5]
+        page_T, slot_T, entries, cos_NTR, sin_NTR = written[:5]
         tables = [rows.pages for rows in index.rows]
         for row, rows in enumerate(index.rows):
             page, slot_T[row] = divmod(rows.position, PAGE_SLOTS)
@@ -133,7 +131,7 @@ class Inputs:
             np.concatenate(tables, out=entries[: sum(map(len, tables))])
             self._tables[self._turn] = tables
         positions_T = torch.tensor([rows.position for rows in index.rows])
-        for to, found in zip((cos_TR, sin_TR), angles(positions_T, index.freqs_R), strict=True):
+        for to, found in zip((cos_NTR, sin_NTR), index.rope.angles(positions_T), strict=True):
             to[:] = found.numpy()
         for number, cut in enumerate(cuts):
             fine, merged = written[5 + 2 * number : 7 + 2 * number]

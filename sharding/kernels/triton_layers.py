@@ -49,7 +49,7 @@ class FusedLayers(ComposedLayers):
         index: BatchIndex,
         pages: LayerPages,
         weights: BlockWeights,
-        residual_TI: torch.Tensor,
+        residual_TI: torch.Tensor | None,
     ) -> torch.Tensor:
         kernels, weight = self.kernels, weights.attn_output
         work = kernels.work(q_TX, index, pages, weights.window)
@@ -63,12 +63,13 @@ class FusedLayers(ComposedLayers):
         return kernels.products.of_digits(digits, weight, residual_TI)
 
     def _gated(
-        self, gate_up_T2F: torch.Tensor, weight: Weight, residual_TI: torch.Tensor
+        self, gate_up_T2F: torch.Tensor, weights: BlockWeights, residual_TI: torch.Tensor | None
     ) -> torch.Tensor:
-        products = self.kernels.products
+        products, weight = self.kernels.products, weights.ffn_down
         if not _takes_digits(weight, len(gate_up_T2F)):
-            return super()._gated(gate_up_T2F, weight, residual_TI)
-        return products.of_digits(products.gated_digits(gate_up_T2F), weight, residual_TI)
+            return super()._gated(gate_up_T2F, weights, residual_TI)
+        digits = products.gated_digits(gate_up_T2F, weights.activation)
+        return products.of_digits(digits, weight, residual_TI)
 
 
 class GraphedLayers:

@@ -28,6 +28,7 @@ from sharding.kernels import triton_digits, triton_gemm, triton_matmul
 from sharding.kernels.planes import BLOCK, FLOAT_COLUMNS, Planes
 from sharding.kernels.triton_digits import Digits
 from sharding.kernels.triton_weights import IQ4_CODES, Part, PlanesWeight
+from sharding.model.arch import Activation
 
 FEW_TOKENS = 16
 """Above, the library's GEMM is worth expanding the weight."""
@@ -109,9 +110,9 @@ class Products:
         """Of `rms_norm(x)`."""
         return triton_digits.of_norm(x_TI, norm_I, eps, self._tiles.blocks)
 
-    def gated_digits(self, gate_up_T2F: Tensor) -> Digits:
-        """Of `gated_silu(gate_up)`."""
-        return triton_digits.of_gate(gate_up_T2F, self._tiles.blocks)
+    def gated_digits(self, gate_up_T2F: Tensor, activation: Activation = "silu") -> Digits:
+        """Of `gated(gate_up)`."""
+        return triton_digits.of_gate(gate_up_T2F, activation, self._tiles.blocks)
 
     def _few_tokens(
         self, x_TI: Tensor, weight: PlanesWeight, residual_TO: Tensor | None, y_TO: Tensor

@@ -12,6 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from sharding.batch import PAGE_SLOTS
+from sharding.kernels import HeadWeights
+from sharding.model.arch import Activation
 from sharding.model.attention import BatchIndex
 from sharding.model.kv_cache import LayerPages
 
@@ -21,72 +23,102 @@ DRAW_BLOCK = 4096
 
 
 @triton.jit
-def _inverse_rms(row, stop, width, eps, WIDTH: tl.constexpr):
-    """`1 / sqrt(mean(x^2) + eps)` of a row whose numbers from `stop` on are zeros."""
-    column = tl.arange(0, WIDTH)
-    x_I = tl.load(row + column, mask=column < stop, other=0.0)
+def _inverse_root(x_I, width, eps):
+    """`1 / sqrt(mean(x^2) + eps)` of so many numbers and zeros."""
     mean = tl.div_rn(tl.sum(x_I * x_I, axis=0), tl.cast(width, tl.float32))
     return tl.div_rn(1.0, tl.sqrt_rn(mean + eps))
 
 
 @triton.jit
-def _rms_norm(x, scale, y, width, eps, WIDTH: tl.constexpr):
+def _inverse_rms(row, stop, width, eps, WIDTH: tl.constexpr):
+    """The same of a row whose numbers from `stop` on are zeros."""
+    column = tl.arange(0, WIDTH)
+    x_I = tl.load(row + column, mask=column < stop, other=0.0)
+    return _inverse_root(x_I, width, eps)
+
+
+@triton.jit
+def _rms_norm(x, scale, residual, y, width, eps, WIDTH: tl.constexpr, ADDED: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * width
     inverse = _inverse_rms(x + row, width, width, eps, WIDTH)
     column = tl.arange(0, WIDTH)
     inside = column < width
     y_I = tl.load(x + row + column, mask=inside, other=0.0) * inverse
     y_I *= tl.load(scale + column, mask=inside, other=0.0)
+    if ADDED:
+        y_I += tl.load(residual + row + column, mask=inside, other=0.0)
     tl.store(y + row + column, y_I, mask=inside)
 
 
-def rms_norm(x_TI: Tensor, scale_I: Tensor, eps: float) -> Tensor:
-    """`x / sqrt(mean(x^2) + eps) * scale`, a row a program."""
+def rms_norm(
+    x_TI: Tensor, scale_I: Tensor, eps: float, residual_TI: Tensor | None = None
+) -> Tensor:
+    """`residual + x / sqrt(mean(x^2) + eps) * scale`, a row a program."""
     tokens, width = x_TI.shape
     y_TI = torch.empty_like(x_TI)
     if tokens:
-        size = triton.next_power_of_2(width)
-        _rms_norm[(tokens,)](x_TI, scale_I, y_TI, width, eps, size)
+        size, added = triton.next_power_of_2(width), residual_TI is not None
+        _rms_norm[(tokens,)](x_TI, scale_I, residual_TI, y_TI, width, eps, size, added)
     return y_TI
 
 
 @triton.jit
-def _gate(gate, up):
-    """`silu(gate) * up`."""
-    return tl.div_rn(gate, 1.0 + tl.exp(-gate)) * up
+def _gate(gate, up, GELU: tl.constexpr):
+    """`silu(gate) * up`, or `gelu(gate) * up`: (1 + tanh(z)) / 2 is 1 / (1 + e^-2z)."""
+    by = gate
+    if GELU:
+        by = gate * (gate * gate * 0.07135481627 + 1.59576912161)
+    return tl.div_rn(gate, 1.0 + tl.exp(-by)) * up
 
 
 @triton.jit
-def _gated_silu(gate_up, y, width, WIDTH: tl.constexpr):
+def _gated(gate_up, y, width, WIDTH: tl.constexpr, GELU: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = column < width
     gate = tl.load(gate_up + row * 2 * width + column, mask=inside, other=0.0)
     up = tl.load(gate_up + row * 2 * width + width + column, mask=inside, other=0.0)
-    tl.store(y + row * width + column, _gate(gate, up), mask=inside)
+    tl.store(y + row * width + column, _gate(gate, up, GELU), mask=inside)
 
 
-def gated_silu(gate_up_T2F: Tensor) -> Tensor:
-    """`silu(gate) * up`."""
+def gated(gate_up_T2F: Tensor, activation: Activation) -> Tensor:
+    """`activation(gate) * up`."""
     tokens, width = gate_up_T2F.shape[0], gate_up_T2F.shape[1] // 2
     y_TF = gate_up_T2F.new_empty(tokens, width)
     if tokens:
         size = min(2048, triton.next_power_of_2(width))
-        _gated_silu[(tokens, triton.cdiv(width, size))](gate_up_T2F, y_TF, width, size)
+        _gated[(tokens, triton.cdiv(width, size))](
+            gate_up_T2F, y_TF, width, size, activation == "gelu"
+        )
     return y_TF
 
 
 @triton.jit
+def _head(own, bias, norm, at, inside, inverse, BIASED: tl.constexpr, NORMED: tl.constexpr):
+    """Elements `at` of a head, with its bias and normed."""
+    x_D = tl.load(own + at, mask=inside, other=0.0)
+    if BIASED:
+        x_D += tl.load(bias + at, mask=inside, other=0.0)
+    if NORMED:
+        x_D = x_D * inverse * tl.load(norm + at, mask=inside, other=0.0)
+    return x_D
+
+
+@triton.jit
 def _rotate_and_store(
-    qkv, q, keys, values, cos, sin, pages, slots, heads, kv_heads,
+    qkv, bias, q_norm, k_norm, q, keys, values, cos, sin, pages, slots, heads, kv_heads, eps,
     PAIRS: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr, ADJACENT: tl.constexpr,
+    BIASED: tl.constexpr, NORMED: tl.constexpr,
 ):  # fmt: skip
     """One head of one token: a query, a key or a value, in the order in which they lie."""
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     d = tl.arange(0, DIMS)
     inside = d < DIM
     own = qkv + (token * (heads + 2 * kv_heads) + head) * DIM
-    x_D = tl.load(own + d, mask=inside, other=0.0)
+    own_bias = bias
+    if BIASED:
+        own_bias += head * DIM
+    x_D = _head(own, own_bias, q_norm, d, inside, 1.0, BIASED, False)
     page = tl.load(pages + token)
     slot = tl.load(slots + token)
     if head < heads + kv_heads:
@@ -96,10 +128,16 @@ def _rotate_and_store(
             pair, upper = d % PAIRS, d // PAIRS
             partner = tl.where(upper == 0, d + PAIRS, d - PAIRS)
         turning = d < 2 * PAIRS
+        norm, inverse = q_norm, 1.0
+        if NORMED:
+            if head >= heads:
+                norm = k_norm
+            inverse = _inverse_root(x_D, DIM, eps)
+            x_D = x_D * inverse * tl.load(norm + d, mask=inside, other=0.0)
         angle = token * PAIRS + pair
         cos_D = tl.load(cos + angle, mask=turning, other=1.0)
         sin_D = tl.load(sin + angle, mask=turning, other=0.0)
-        other_D = tl.load(own + partner, mask=turning, other=0.0)
+        other_D = _head(own, own_bias, norm, partner, turning, inverse, BIASED, NORMED)
         other_D = tl.where(upper == 0, -other_D, other_D)
         x_D = tl.where(turning, x_D * cos_D + other_D * sin_D, x_D)
         if head < heads:
@@ -112,17 +150,21 @@ def _rotate_and_store(
         tl.store(values + at, x_D.to(tl.float16), mask=inside)
 
 
-def rotate_and_store(qkv_TX: Tensor, index: BatchIndex, pages: LayerPages) -> Tensor:
+def rotate_and_store(
+    qkv_TX: Tensor, index: BatchIndex, pages: LayerPages, own: HeadWeights
+) -> Tensor:
     """Queries turned; keys turned and, with the values, written to their pages."""
     tokens, width = qkv_TX.shape
-    dim, kv_heads = pages.head_dim, pages.kv_heads
+    dim, kv_heads, rope = pages.head_dim, pages.kv_heads, index.rope
     heads = width // dim - 2 * kv_heads
     q_TX = qkv_TX.new_empty(tokens, heads * dim)
     if tokens:
+        cos_TR, sin_TR = index.cos_NTR[own.rotation], index.sin_NTR[own.rotation]
         _rotate_and_store[(tokens, heads + 2 * kv_heads)](
-            qkv_TX, q_TX, pages.k_PGDS, pages.v_PGSD, index.cos_TR, index.sin_TR, index.page_T,
-            index.slot_T, heads, kv_heads, index.cos_TR.shape[1], dim, triton.next_power_of_2(dim),
-            index.pair_axis == -1,
+            qkv_TX, own.bias_X, own.q_norm_D, own.k_norm_D, q_TX, pages.k_PGDS, pages.v_PGSD,
+            cos_TR, sin_TR, index.page_T, index.slot_T, heads, kv_heads, own.eps, rope.turning, dim,
+            triton.next_power_of_2(dim), rope.pairs == "adjacent", own.bias_X is not None,
+            own.q_norm_D is not None,
         )  # fmt: skip
     return q_TX
 

@@ -9,11 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from sharding.errors import CorruptFileError, UnsupportedModelError
 
 Metadata = Mapping[str, Any]
+
+
+Pairs = Literal["adjacent", "halves"]
+Activation = Literal["silu", "gelu"]
 
 
 @dataclass(frozen=True)
@@ -21,20 +25,65 @@ class Family:
     """What distinguishes one architecture from another.
 
     `rope_pairs`: which elements of a head rotate together, "adjacent" (2i, 2i+1) or "halves" (i, i
-    + D/2).
+    + D/2). `activation`: of the gate. `qkv_bias`: queries, keys and values have one. `head_norms`:
+    queries and keys are normed head by head before they turn. `post_norms`: what attention and
+    feed-forward add is normed first. `scaled_embedding`: by the root of the hidden size.
+    `global_every`: where there is a window, the last of so many layers sees all; 0 if none does.
     """
 
     name: str
-    rope_pairs: str
+    rope_pairs: Pairs
+    activation: Activation = "silu"
+    qkv_bias: bool = False
+    head_norms: bool = False
+    post_norms: bool = False
+    scaled_embedding: bool = False
+    global_every: int = 0
 
 
-FAMILIES = {family.name: family for family in (Family("llama", rope_pairs="adjacent"),)}
+_FAMILIES = (
+    Family("llama", "adjacent"),
+    Family("qwen2", "halves", qkv_bias=True),
+    Family("qwen3", "halves", head_norms=True),
+    Family("gemma", "halves", "gelu", scaled_embedding=True),
+    Family(
+        "gemma3", "halves", "gelu",
+        head_norms=True, post_norms=True, scaled_embedding=True, global_every=6,
+    ),
+)  # fmt: skip
+FAMILIES = {family.name: family for family in _FAMILIES}
+
+
+@dataclass(frozen=True)
+class Yarn:
+    """YaRN (Peng et al., 2023): a model trained on `context` tokens is stretched by dividing the
+    positions of slow pairs alone, those that turn less than `slow` times within it; between them
+    and those that turn more than `fast` times, by parts."""
+
+    context: int
+    fast: float = 32.0
+    slow: float = 1.0
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """How fast pairs turn: `base` to the power of minus their share of the head; positions are
+    divided by `scale`, all pairs' or as `yarn` says."""
+
+    base: float
+    scale: float = 1.0
+    yarn: Yarn | None = None
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a decoder. `rope_dims` of each head rotate; `train_context` is advisory; a token
-    sees `window` tokens, its own the last of them, or all if that is 0."""
+    """Sizes of a decoder. `rope_dims` of each head rotate; `train_context` is advisory.
+
+    `window`: a token sees so many tokens, its own the last of them, or all if that is 0;
+    `global_every`: the last of so many layers sees all nevertheless, 0 if none does. `rotations`:
+    of layers that see all, then, if they differ, of those with a window. `score_scale`: attention's
+    scores are times that and 1 / sqrt(head_dim).
+    """
 
     family: Family
     name: str
@@ -47,10 +96,11 @@ class ModelShape:
     vocab: int
     train_context: int
     norm_eps: float
-    rope_base: float
-    rope_scale: float
+    rotations: tuple[Rotation, ...]
     rope_dims: int
     window: int = 0
+    global_every: int = 0
+    score_scale: float = 1.0
 
     @property
     def q_features(self) -> int:
@@ -61,6 +111,20 @@ class ModelShape:
     def kv_features(self) -> int:
         """Columns of the key (or value) projection's output."""
         return self.kv_heads * self.head_dim
+
+    @property
+    def embedding_scale(self) -> float:
+        """Embedded tokens are times this."""
+        return math.sqrt(self.hidden) if self.family.scaled_embedding else 1.0
+
+    def window_of(self, layer: int) -> int:
+        """That layer's window, 0 for none."""
+        every = self.global_every
+        return 0 if every and (layer + 1) % every == 0 else self.window
+
+    def rotation_of(self, layer: int) -> int:
+        """The number of that layer's rotation."""
+        return len(self.rotations) - 1 if self.window_of(layer) else 0
 
 
 # Bounds that no published model comes near; beyond them a file is hostile or broken.
@@ -77,6 +141,9 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "logit_scale": (0, 1),
     "residual_scale": (0, 1),
     "rope.scaling.attn_factor": (1,),
+    "rope.scaling.yarn_attn_factor": (1,),
+    "rope.scaling.yarn_ext_factor": (1, -1),
+    "rope.scaling.yarn_log_multiplier": (0,),
     "use_parallel_residual": (False,),
 }
 """Keys of arithmetic that is not done here, and the values that ask for none of it."""
@@ -139,10 +206,12 @@ def read_shape(metadata: Metadata) -> ModelShape:
     rope_dims = read.whole("rope.dimension_count", head_dim)
     if rope_dims > head_dim or rope_dims % 2:
         raise CorruptFileError(f"{rope_dims} rotary dimensions do not fit a head of {head_dim}")
+    layers = read.whole("block_count")
+    every = family.global_every
     return ModelShape(
         family=family,
         name=str(metadata.get("general.name") or family.name),
-        layers=read.whole("block_count"),
+        layers=layers,
         hidden=hidden,
         ffn=read.whole("feed_forward_length"),
         heads=heads,
@@ -151,10 +220,11 @@ def read_shape(metadata: Metadata) -> ModelShape:
         vocab=_vocab(metadata, read),
         train_context=read.whole("context_length"),
         norm_eps=read.real("attention.layer_norm_rms_epsilon"),
-        rope_base=read.real("rope.freq_base", 10000.0),
-        rope_scale=_rope_scale(metadata, read),
+        rotations=_rotations(read, family),
         rope_dims=rope_dims,
         window=read.whole("attention.sliding_window", 0, least=0),
+        global_every=read.whole("attention.sliding_window_pattern", every) if every else 0,
+        score_scale=_score_scale(family, layers, hidden / heads, head_dim),
     )
 
 
@@ -193,19 +263,41 @@ def _vocab(metadata: Metadata, read: _Reader) -> int:
     return len(tokens) if isinstance(tokens, list) and tokens else read.whole("vocab_size")
 
 
-def _rope_scale(metadata: Metadata, read: _Reader) -> float:
-    """Positions are divided by this; 1 where the file asks for no scaling.
+def _score_scale(family: Family, layers: int, share: float, head_dim: int) -> float:
+    """Gemma 3 27B alone scales scores by a head's `share` of the hidden size. Nothing in the file
+    tells it from its sisters but the number of layers, which llama.cpp goes by too."""
+    if family.name == "gemma3" and layers == 62:
+        return math.sqrt(head_dim / share)
+    return 1.0
+
+
+def _rotations(read: _Reader, family: Family) -> tuple[Rotation, ...]:
+    """Scaling is of layers that see all: those with a window see nothing far away."""
+    scale, yarn = _scaling(read)
+    rotation = Rotation(read.real("rope.freq_base", 10000.0), scale, yarn)
+    if not family.global_every:
+        return (rotation,)
+    return rotation, Rotation(read.real("rope.freq_base_swa", 10000.0))
+
+
+def _scaling(read: _Reader) -> tuple[float, Yarn | None]:
+    """What positions are divided by, 1 where the file asks for no scaling.
 
     A factor without a type is a linear one, and older files call it `rope.scale_linear`. One of 0
     stands for none.
     """
-    kind = metadata.get(f"{read.prefix}.rope.scaling.type", "linear")
+    kind = read.metadata.get(f"{read.prefix}.rope.scaling.type", "linear")
     if kind == "none":
-        return 1.0
+        return 1.0, None
+    if kind not in ("linear", "yarn"):
+        raise UnsupportedModelError(
+            f"rotary scaling of type {kind!r:.60} is not supported; supported: none, linear, yarn"
+        )
+    keys = ("rope.scaling.factor", "rope.scale_linear")
+    given = [key for key in keys if read.metadata.get(f"{read.prefix}.{key}", 0) != 0]
+    scale = read.real(given[0]) if given else 1.0
     if kind == "linear":
-        keys = ("rope.scaling.factor", "rope.scale_linear")
-        given = [key for key in keys if metadata.get(f"{read.prefix}.{key}", 0) != 0]
-        return read.real(given[0]) if given else 1.0
-    raise UnsupportedModelError(
-        f"rotary scaling of type {kind!r:.60} is not supported; supported: none, linear"
-    )
+        return scale, None
+    trained = read.whole("rope.scaling.original_context_length", read.whole("context_length"))
+    fast = read.real("rope.scaling.yarn_beta_fast", 32.0)
+    return scale, Yarn(trained, fast, read.real("rope.scaling.yarn_beta_slow", 1.0))

@@ -2,7 +2,7 @@
 
 Built once a batch and stage, shared by all layers. Not here: the arithmetic (`kernels/`).
 
-    T tokens, R rotary pairs of a head
+    T tokens, N rotations of a model, R rotary pairs of a head
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from functools import cached_property
 import torch
 
 from sharding.batch import PAGE_SLOTS, Segment
-from sharding.model.arch import ModelShape
-from sharding.model.rope import angles, pair_view
+from sharding.model.rope import Rope
 
 
 @dataclass(frozen=True)
@@ -41,9 +40,7 @@ class BatchIndex:
     """
 
     rows: tuple[Rows, ...]
-    freqs_R: torch.Tensor
-    pair_shape: tuple[int, int]
-    pair_axis: int
+    rope: Rope
     device: torch.device = torch.device("cpu")
 
     def to(self, device: torch.device) -> BatchIndex:
@@ -85,18 +82,18 @@ class BatchIndex:
         return (self._positions_T % PAGE_SLOTS).to(self.device)
 
     @cached_property
-    def cos_TR(self) -> torch.Tensor:
-        """Cosines of each token's angles, float32 `[T, R]`."""
+    def cos_NTR(self) -> torch.Tensor:
+        """Cosines of each token's angles, float32 `[N, T, R]`."""
         return self._angles[0].to(self.device)
 
     @cached_property
-    def sin_TR(self) -> torch.Tensor:
+    def sin_NTR(self) -> torch.Tensor:
         """Their sines."""
         return self._angles[1].to(self.device)
 
     @cached_property
     def _angles(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return angles(self._positions_T, self.freqs_R)
+        return self.rope.angles(self._positions_T)
 
     @cached_property
     def _positions_T(self) -> torch.Tensor:
@@ -104,10 +101,7 @@ class BatchIndex:
 
 
 def build_index(
-    segments: Sequence[Segment],
-    tables: Mapping[int, torch.Tensor],
-    shape: ModelShape,
-    freqs_R: torch.Tensor,
+    segments: Sequence[Segment], tables: Mapping[int, torch.Tensor], rope: Rope
 ) -> BatchIndex:
     """Lay a batch's segments out as rows; `tables` maps a request to its page table (int64)."""
     rows: list[Rows] = []
@@ -116,5 +110,4 @@ def build_index(
         stop = first + len(segment.tokens)
         rows.append(Rows(first, stop, segment.start, tables[segment.request]))
         first = stop
-    pair_shape, pair_axis = pair_view(shape.family.rope_pairs, shape.rope_dims)
-    return BatchIndex(tuple(rows), freqs_R, pair_shape, pair_axis)
+    return BatchIndex(tuple(rows), rope)

@@ -1,26 +1,52 @@
-"""The weights of one decoder block of the llama family, by their GGUF names.
+"""The weights of one decoder block, by their GGUF names.
 
 Not here: what is computed with them (`Layers` in `kernels/__init__.py`).
 """
 
 from __future__ import annotations
 
+import torch
+
 from sharding.gguf.reader import GGUFFile
-from sharding.kernels import BlockWeights, Kernels
+from sharding.kernels import BlockWeights, HeadWeights, Kernels
 from sharding.model.arch import ModelShape
+from sharding.model.tensors import ATTENTION_POST_NORM, FFN_POST_NORM
 from sharding.model.weights import load_vector
 
 
 def load_block(file: GGUFFile, layer: int, shape: ModelShape, kernels: Kernels) -> BlockWeights:
     """Load layer `layer`; `check_tensors` has passed."""
-    blk = f"blk.{layer}."
+    blk, family = f"blk.{layer}.", shape.family
+
+    def norm(part: str) -> torch.Tensor:
+        return load_vector(file, f"{blk}{part}.weight").to(kernels.device)
+
     return BlockWeights(
-        attn_norm_I=load_vector(file, blk + "attn_norm.weight").to(kernels.device),
-        qkv=kernels.pack(file, [blk + f"attn_{part}.weight" for part in "qkv"]),
-        attn_output=kernels.pack(file, [blk + "attn_output.weight"]),
-        ffn_norm_I=load_vector(file, blk + "ffn_norm.weight").to(kernels.device),
-        gate_up=kernels.pack(file, [blk + "ffn_gate.weight", blk + "ffn_up.weight"]),
-        ffn_down=kernels.pack(file, [blk + "ffn_down.weight"]),
-        window=shape.window,
+        attn_norm_I=norm("attn_norm"),
+        qkv=kernels.pack(file, [f"{blk}attn_{part}.weight" for part in "qkv"]),
+        attn_output=kernels.pack(file, [f"{blk}attn_output.weight"]),
+        ffn_norm_I=norm("ffn_norm"),
+        gate_up=kernels.pack(file, [f"{blk}ffn_gate.weight", f"{blk}ffn_up.weight"]),
+        ffn_down=kernels.pack(file, [f"{blk}ffn_down.weight"]),
         eps=shape.norm_eps,
+        window=shape.window_of(layer),
+        heads=_load_heads(file, layer, shape, kernels.device),
+        activation=family.activation,
+        attn_post_norm_I=norm(ATTENTION_POST_NORM) if family.post_norms else None,
+        ffn_post_norm_I=norm(FFN_POST_NORM) if family.post_norms else None,
     )
+
+
+def _load_heads(file: GGUFFile, layer: int, shape: ModelShape, device: torch.device) -> HeadWeights:
+    blk, family = f"blk.{layer}.attn_", shape.family
+    bias_X = q_norm_D = k_norm_D = None
+    if family.qkv_bias:
+        parts = [load_vector(file, f"{blk}{part}.bias") for part in "qkv"]
+        bias_X = torch.cat(parts).to(device)
+    if family.head_norms:
+        # Scores are linear in queries, and nothing is added to these after their norm.
+        q_norm_D = (load_vector(file, f"{blk}q_norm.weight") * shape.score_scale).to(device)
+        k_norm_D = load_vector(file, f"{blk}k_norm.weight").to(device)
+    else:
+        assert shape.score_scale == 1, "a scale of scores without norms to carry it"
+    return HeadWeights(shape.rotation_of(layer), bias_X, q_norm_D, k_norm_D, shape.norm_eps)

@@ -15,12 +15,13 @@ EMBEDDING = "token_embd.weight"
 OUTPUT_NORM = "output_norm.weight"
 OUTPUT = "output.weight"
 ROPE_FACTORS = "rope_freqs.weight"
+ATTENTION_POST_NORM, FFN_POST_NORM = "post_attention_norm", "post_ffw_norm"
 
 
 def _layer_tensors(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Names within a layer (after `blk.N.`) and shapes in GGUF order: columns first."""
-    hidden, ffn = shape.hidden, shape.ffn
-    return {
+    hidden, ffn, family = shape.hidden, shape.ffn, shape.family
+    tensors: dict[str, tuple[int, ...]] = {
         "attn_norm.weight": (hidden,),
         "attn_q.weight": (hidden, shape.q_features),
         "attn_k.weight": (hidden, shape.kv_features),
@@ -31,6 +32,15 @@ def _layer_tensors(shape: ModelShape) -> dict[str, tuple[int, ...]]:
         "ffn_up.weight": (hidden, ffn),
         "ffn_down.weight": (ffn, hidden),
     }
+    if family.qkv_bias:
+        tensors["attn_q.bias"] = (shape.q_features,)
+        tensors["attn_k.bias"] = tensors["attn_v.bias"] = (shape.kv_features,)
+    if family.head_norms:
+        tensors["attn_q_norm.weight"] = tensors["attn_k_norm.weight"] = (shape.head_dim,)
+    if family.post_norms:
+        tensors[f"{ATTENTION_POST_NORM}.weight"] = (hidden,)
+        tensors[f"{FFN_POST_NORM}.weight"] = (hidden,)
+    return tensors
 
 
 def _expected(shape: ModelShape) -> Iterator[tuple[str, tuple[int, ...], bool]]:

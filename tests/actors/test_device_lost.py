@@ -21,14 +21,14 @@ from sharding.errors import DeviceLostError, PeerLostError, StageError
 from sharding.gguf.reader import GGUFFile
 from sharding.stage import Stage
 from tests.stages import load_stages, open_request
-from tests.tiny_gguf import tiny_llama
+from tests.tiny_gguf import tiny_model
 
 
 def failing_stage(
     monkeypatch: pytest.MonkeyPatch, lost: bool, error: type[Exception] = RuntimeError
 ) -> Stage:
     """A stage whose next batch fails as a GPU does, for good or for lack of memory."""
-    (stage,) = load_stages(GGUFFile.from_bytes(tiny_llama(layers=1)), 1)
+    (stage,) = load_stages(GGUFFile.from_bytes(tiny_model(layers=1)), 1)
     open_request([stage], 1, [0])
 
     def fail(*_: object) -> torch.Tensor:
@@ -174,7 +174,7 @@ def test_what_a_kernel_set_calls_a_failure_costs_the_batch_only(
 
 def test_no_memory_for_a_history_costs_the_batch_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU it is memory that may be short; openings and closings take effect even then."""
-    (stage,) = load_stages(GGUFFile.from_bytes(tiny_llama(layers=1)), 1)
+    (stage,) = load_stages(GGUFFile.from_bytes(tiny_model(layers=1)), 1)
     opened = Opened(7, [0, 1], 1, SamplingParams(repetition_penalty=1.1, seed=3))
 
     def fail(*_: object, **__: object) -> torch.Tensor:

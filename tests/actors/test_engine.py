@@ -22,13 +22,13 @@ from sharding.gguf.reader import GGUFFile
 from sharding.model_plan import Wanted, plan_model
 from sharding.planner import Device
 from tests.stages import GREEDY, generate, local_engine, tokens_of, wait_until
-from tests.tiny_gguf import tiny_llama
+from tests.tiny_gguf import tiny_model
 
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
     """Two tiny stages."""
-    with closing(local_engine(GGUFFile.from_bytes(tiny_llama()))) as running:
+    with closing(local_engine(GGUFFile.from_bytes(tiny_model()))) as running:
         yield running
 
 
@@ -48,7 +48,7 @@ def collect(engine: Engine, requests: list[GenerateRequest]) -> list[list[Event]
 
 @pytest.mark.parametrize("stages", [1, 2, 3])
 def test_requests_sent_together_get_what_each_gets_alone(stages: int) -> None:
-    file = GGUFFile.from_bytes(tiny_llama(layers=5))
+    file = GGUFFile.from_bytes(tiny_model(layers=5))
     sampled = SamplingParams(temperature=0.9, top_p=0.95, seed=11, repetition_penalty=1.1)
     with closing(local_engine(file, stages)) as engine:
         requests = [
@@ -75,7 +75,7 @@ def test_the_same_seed_draws_the_same_and_another_seed_does_not(engine: Engine) 
 def test_a_prompt_of_several_chunks_reports_its_progress(
     chunk: int | None, steps: list[int]
 ) -> None:
-    file = GGUFFile.from_bytes(tiny_llama(context=2048))
+    file = GGUFFile.from_bytes(tiny_model(context=2048))
     with closing(local_engine(file, context=2048, kv=4096, chunk=chunk)) as engine:
         events = list(engine.generate(GenerateRequest("p", [5] * 1200, 2, GREEDY)))
         assert [event.prompt_done for event in events[: len(steps)]] == steps
@@ -144,7 +144,7 @@ def test_a_stage_that_fails_ends_its_requests_with_the_reason(
 
 
 def test_a_closed_engine_ends_its_requests_and_takes_no_more() -> None:
-    engine = local_engine(GGUFFile.from_bytes(tiny_llama()))
+    engine = local_engine(GGUFFile.from_bytes(tiny_model()))
     heard: queue.SimpleQueue[Event] = queue.SimpleQueue()
     engine.submit(GenerateRequest("x", [5], 250, GREEDY), heard.put)
     closer = threading.Thread(target=engine.close)
@@ -159,7 +159,7 @@ def test_a_closed_engine_ends_its_requests_and_takes_no_more() -> None:
 
 
 def test_a_model_that_cannot_be_loaded_is_reported_with_the_reason() -> None:
-    file = GGUFFile.from_bytes(tiny_llama())
+    file = GGUFFile.from_bytes(tiny_model())
     del file.tensors["output_norm.weight"]
     with pytest.raises(LongspanError, match="output_norm.weight"):
         local_engine(file)
@@ -196,7 +196,7 @@ def test_a_long_step_is_no_quiet_moment(monkeypatch: pytest.MonkeyPatch) -> None
     """What starts in a quiet moment would slow down the step that somebody waits for."""
     monkeypatch.setattr("actors.engine._SILENT_S", 0.05)
     monkeypatch.setattr("actors.local.LocalPipeline", HeldPipeline)
-    file = GGUFFile.from_bytes(tiny_llama())
+    file = GGUFFile.from_bytes(tiny_model())
     source = QuietStages(file, plan_model(file, [Device("here", 1 << 40)], Wanted(256, 2048)))
     engine = Engine(source)
     engine.start()

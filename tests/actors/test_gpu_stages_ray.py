@@ -16,7 +16,7 @@ from sharding.gguf.reader import GGUFFile
 from sharding.model_plan import Wanted
 from tests.served import Served
 from tests.stages import GREEDY, chunked_logits, generate, load_stages
-from tests.tiny_gguf import tiny_llama
+from tests.tiny_gguf import tiny_model
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -28,7 +28,7 @@ def test_three_stages_share_two_gpus_and_draw_what_one_stage_draws(
 ) -> None:
     """Neighbours share one of the cluster's GPUs, and the other is not left idle."""
     path = tmp_path / "tiny.gguf"
-    path.write_bytes(tiny_llama(layers=3))
+    path.write_bytes(tiny_model(layers=3))
     config = PlacementConfig(path, 3, Wanted(64, 64, "triton"))
     with closing(Engine(source := RayStages(config))) as engine:
         engine.start()

@@ -23,7 +23,7 @@ from sharding.kernels import DeviceFacts, cpu_kernels
 from sharding.model_plan import Wanted, plan_model
 from sharding.planner import Device
 from sharding.stage_spec import StageSpec
-from tests.tiny_gguf import tiny_llama
+from tests.tiny_gguf import tiny_model
 
 
 class ForgedActor:
@@ -146,7 +146,7 @@ def test_stages_move_to_more_nodes_where_one_has_too_little_memory(
 ) -> None:
     """The largest node has cores for all of them, but the context needs the memory of both."""
     model = tmp_path / "tiny.gguf"
-    model.write_bytes(tiny_llama(layers=2))
+    model.write_bytes(tiny_model(layers=2))
     with GGUFFile.open(model) as file:
         roomy = plan_model(file, [Device("node", 1 << 40)] * 2, Wanted(64, 64, "cpu"))
     need = max(stage.total_bytes for stage in roomy.plan.stages)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny_gguf import tiny_llama
+from tests.tiny_gguf import tiny_model
 
 PLAN_KEYS = {
     "device", "layers", "weights_bytes", "kv_bytes", "activation_bytes", "buffer_bytes",
@@ -25,7 +25,7 @@ BENCH_KEYS = {
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model on disk."""
     path = tmp_path_factory.mktemp("models") / "tiny.gguf"
-    path.write_bytes(tiny_llama(context=512))
+    path.write_bytes(tiny_model(context=512))
     return path
 
 
@@ -76,7 +76,7 @@ def test_a_plan_for_gpus_reserves_what_their_chunks_need(model: Path) -> None:
 
 def test_a_plan_refuses_a_model_that_could_not_be_served(tmp_path: Path) -> None:
     """A tensor that nothing here computes with is found before a cluster is asked for."""
-    data = tiny_llama(layers=2).replace(b"blk.1.ffn_up.weight", b"blk.1.ffn_up.scales")
+    data = tiny_model(layers=2).replace(b"blk.1.ffn_up.weight", b"blk.1.ffn_up.scales")
     path = tmp_path / "odd.gguf"
     path.write_bytes(data)
     done = longspan("plan", path, "--context", 64, "--device", "1GiB", "--json")

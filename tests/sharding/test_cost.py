@@ -15,7 +15,7 @@ from sharding.cost import (
     model_costs,
 )
 from sharding.errors import CorruptFileError
-from sharding.model.arch import FAMILIES, ModelShape
+from sharding.model.arch import FAMILIES, ModelShape, Rotation
 
 TINY = ModelShape(
     family=FAMILIES["llama"],
@@ -29,8 +29,7 @@ TINY = ModelShape(
     vocab=10,
     train_context=64,
     norm_eps=1e-5,
-    rope_base=10000.0,
-    rope_scale=1.0,
+    rotations=(Rotation(10000.0),),
     rope_dims=2,
 )
 # attn_norm, ffn_norm 8 each; q and output 64 each; k and v 32 each; gate, up, down 96 each

@@ -1,4 +1,4 @@
-"""The llama family against its reference implementation (Hugging Face transformers) at a tiny
+"""Model families against their reference implementations (Hugging Face transformers) at a tiny
 size."""
 
 from __future__ import annotations
@@ -8,7 +8,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from sharding.gguf.reader import GGUFFile
 from tests.stages import chunked_logits, load_stages
@@ -23,11 +36,18 @@ NAMES = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
+}
+GEMMA3_NAMES = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
 }
 
 
@@ -38,43 +58,46 @@ def pairs_adjacent(weight: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, 
     return halves.swapaxes(1, 2).reshape(rows, cols)
 
 
-def to_gguf(
-    model: LlamaForCausalLM | MistralForCausalLM, config: LlamaConfig | MistralConfig
-) -> GGUFFile:
-    """The same weights under GGUF's names, in float32."""
+def to_gguf(model: torch.nn.Module, family: str, keys: dict[str, Any]) -> GGUFFile:
+    """The same weights under GGUF's names, in float32, as llama.cpp's converter changes them."""
+    config: Any = model.config
     tensors: dict[str, Any] = {}
     for name, value in model.state_dict().items():
         weight = value.numpy().astype(np.float32)
-        _, *where, _ = name.split(".")
+        _, *where, kind = name.split(".")
+        if family.startswith("gemma") and "norm" in name:
+            weight = weight + 1  # theirs are kept as what they differ from 1 by
         match where:
             case ["layers", layer, *part]:
-                own = NAMES[".".join(part)]
-                if own in ("attn_q", "attn_k"):
+                names = NAMES | (GEMMA3_NAMES if family == "gemma3" else {})
+                own = names[".".join(part)]
+                if own in ("attn_q", "attn_k") and family == "llama":
                     kv_heads = config.num_key_value_heads
                     heads = config.num_attention_heads if own == "attn_q" else kv_heads
                     weight = pairs_adjacent(weight, heads)
-                gguf_name = f"blk.{layer}.{own}.weight"
+                gguf_name = f"blk.{layer}.{own}.{kind}"
             case ["embed_tokens"]:
                 gguf_name = "token_embd.weight"
             case ["norm"]:
                 gguf_name = "output_norm.weight"
+            case _ if config.tie_word_embeddings:
+                continue
             case _:
                 gguf_name = "output.weight"
         tensors[gguf_name] = (weight, weight.shape[::-1], "F32")
-    metadata = {
-        "general.architecture": "llama",
-        "llama.block_count": config.num_hidden_layers,
-        "llama.context_length": config.max_position_embeddings,
-        "llama.embedding_length": config.hidden_size,
-        "llama.feed_forward_length": config.intermediate_size,
-        "llama.attention.head_count": config.num_attention_heads,
-        "llama.attention.head_count_kv": config.num_key_value_heads,
-        "llama.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-        "llama.rope.freq_base": 10000.0,
-        "llama.vocab_size": config.vocab_size,
-        "llama.attention.sliding_window": getattr(config, "sliding_window", 0),
+    own_keys = {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "rope.freq_base": 10000.0,
+        "vocab_size": config.vocab_size,
     }
-    return GGUFFile.from_bytes(write_gguf(metadata, tensors))
+    metadata = {f"{family}.{key}": value for key, value in (own_keys | keys).items()}
+    return GGUFFile.from_bytes(write_gguf({"general.architecture": family} | metadata, tensors))
 
 
 SIZES: dict[str, Any] = {
@@ -89,14 +112,21 @@ SIZES: dict[str, Any] = {
 }
 
 
-def check_logits(model: LlamaForCausalLM | MistralForCausalLM, kernels: str = "cpu") -> None:
+def check_logits(
+    model: torch.nn.Module,
+    family: str = "llama",
+    kernels: str = "cpu",
+    keys: dict[str, Any] | None = None,
+) -> None:
     """The logits of 50 random tokens, in chunks over two stages."""
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.15)
+    model = model.float().eval()
+    for name, parameter in model.named_parameters():
+        mean = float(parameter.dim() == 1 and "norm" in name and not family.startswith("gemma"))
+        torch.nn.init.normal_(parameter, mean=mean, std=0.15)
     tokens = torch.randint(0, 300, (50,)).tolist()
     with torch.inference_mode():
         expected = model(torch.tensor([tokens])).logits[0]
-    file = to_gguf(model, model.config)
+    file = to_gguf(model, family, keys or {})
     found = chunked_logits(load_stages(file, 2, kernels=kernels), tokens, 16)
     assert (found - expected).abs().max() / expected.abs().max() < TOLERANCE
 
@@ -104,13 +134,111 @@ def check_logits(model: LlamaForCausalLM | MistralForCausalLM, kernels: str = "c
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_logits_equal_those_of_transformers(kv_heads: int) -> None:
     torch.manual_seed(kv_heads)
-    config = LlamaConfig(**SIZES, num_key_value_heads=kv_heads)
-    check_logits(LlamaForCausalLM(config).float().eval())
+    check_logits(LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=kv_heads)))
 
 
-@pytest.mark.parametrize("kernels", ["cpu", "reference"])
+on_both_sets = pytest.mark.parametrize("kernels", ["cpu", "reference"])
+
+
+@on_both_sets
 def test_a_sliding_window_equals_that_of_transformers(kernels: str) -> None:
     """The first Mistral 7B has one; in GGUF it is a llama."""
     torch.manual_seed(7)
     config = MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=20)
-    check_logits(MistralForCausalLM(config).float().eval(), kernels)
+    model = MistralForCausalLM(config)
+    check_logits(model, kernels=kernels, keys={"attention.sliding_window": 20})
+
+
+@on_both_sets
+def test_qwen2_equals_that_of_transformers(kernels: str) -> None:
+    torch.manual_seed(8)
+    config = Qwen2Config(**SIZES, num_key_value_heads=2)
+    check_logits(Qwen2ForCausalLM(config), "qwen2", kernels)
+
+
+@on_both_sets
+def test_qwen3_equals_that_of_transformers(kernels: str) -> None:
+    torch.manual_seed(9)
+    config = Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=32)
+    sizes = {"attention.key_length": 32, "attention.value_length": 32}
+    check_logits(Qwen3ForCausalLM(config), "qwen3", kernels, sizes)
+
+
+@on_both_sets
+@pytest.mark.parametrize("factor", [4.0, 16.0])
+def test_yarn_equals_that_of_transformers(factor: float, kernels: str) -> None:
+    """Files for contexts beyond what the model was trained on ask for it."""
+    torch.manual_seed(10)
+    trained = int(256 / factor)
+    scaling = {
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": trained,
+        "rope_theta": 10000.0,
+    }
+    config = Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=32, rope_parameters=scaling)
+    keys = {
+        "attention.key_length": 32,
+        "attention.value_length": 32,
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": factor,
+        "rope.scaling.original_context_length": trained,
+    }
+    check_logits(Qwen3ForCausalLM(config), "qwen3", kernels, keys)
+
+
+@on_both_sets
+def test_gemma_equals_that_of_transformers(kernels: str) -> None:
+    torch.manual_seed(11)
+    config = GemmaConfig(
+        **SIZES | {"tie_word_embeddings": True}, num_key_value_heads=1, head_dim=32
+    )
+    sizes = {"attention.key_length": 32, "attention.value_length": 32}
+    check_logits(GemmaForCausalLM(config), "gemma", kernels, sizes)
+
+
+@on_both_sets
+def test_gemma3_equals_that_of_transformers(kernels: str) -> None:
+    """Of eight layers the sixth sees everything, by another rotation, whose positions are scaled in
+    the larger models."""
+    torch.manual_seed(12)
+    rotations = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    }
+    config = Gemma3TextConfig(
+        **SIZES | {"num_hidden_layers": 8, "tie_word_embeddings": True},
+        num_key_value_heads=1,
+        head_dim=32,
+        query_pre_attn_scalar=32,
+        sliding_window=20,
+        rope_parameters=rotations,
+    )
+    keys = {
+        "attention.key_length": 32,
+        "attention.value_length": 32,
+        "attention.sliding_window": 20,
+        "rope.freq_base": 1e6,
+        "rope.scaling.type": "linear",
+        "rope.scaling.factor": 8.0,
+    }
+    check_logits(Gemma3ForCausalLM(config), "gemma3", kernels, keys)
+
+
+def test_gemma3_of_27b_scales_scores_by_its_hidden_size() -> None:
+    """As its 62 layers tell."""
+    torch.manual_seed(13)
+    config = Gemma3TextConfig(
+        **SIZES | {"num_hidden_layers": 62, "tie_word_embeddings": True},
+        num_key_value_heads=2,
+        head_dim=32,
+        query_pre_attn_scalar=16,
+        sliding_window=20,
+    )
+    keys = {
+        "attention.key_length": 32,
+        "attention.value_length": 32,
+        "attention.sliding_window": 20,
+        "rope.freq_base": 1e6,
+    }
+    check_logits(Gemma3ForCausalLM(config), "gemma3", keys=keys)

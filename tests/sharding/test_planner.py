@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from sharding.batch import PAGE_SLOTS
 from sharding.cost import ModelCosts, activation_bytes, buffer_bytes
 from sharding.errors import ConfigError, DoesNotFitError
-from sharding.model.arch import FAMILIES, ModelShape
+from sharding.model.arch import FAMILIES, ModelShape, Rotation
 from sharding.planner import (
     Device,
     Plan,
@@ -38,8 +38,7 @@ SMALL = ModelShape(
     vocab=16,
     train_context=64,
     norm_eps=1e-5,
-    rope_base=10000.0,
-    rope_scale=1.0,
+    rotations=(Rotation(10000.0),),
     rope_dims=4,
 )
 SEVEN_B = replace(

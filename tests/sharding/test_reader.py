@@ -15,7 +15,7 @@ import pytest
 
 from sharding.errors import CorruptFileError, ModelFileError, UnsupportedModelError
 from sharding.gguf.reader import GGUFFile
-from tests.tiny_gguf import Tensor, file_head, padded, tensor_entry, text, tiny_llama, write_gguf
+from tests.tiny_gguf import Tensor, file_head, padded, tensor_entry, text, tiny_model, write_gguf
 
 RAMP = np.arange(12, dtype=np.float32)
 TENSORS: dict[str, Tensor] = {
@@ -113,7 +113,7 @@ class TestGoodFiles:
 
     def test_a_tiny_model_of_each_tokenizer_is_a_valid_file(self) -> None:
         for tokenizer in ("bpe", "spm"):
-            file = GGUFFile.from_bytes(tiny_llama(tokenizer=tokenizer, tied=False))
+            file = GGUFFile.from_bytes(tiny_model(tokenizer=tokenizer, tied=False))
             assert file.tensors["output.weight"].shape == file.tensors["token_embd.weight"].shape
 
 

@@ -14,7 +14,7 @@ from sharding.gguf.reader import GGUFFile
 from sharding.kernels import use_threads
 from sharding.kernels.cpu import CPULayers
 from tests.stages import GREEDY, chunked_logits, load_stages, logits, open_request
-from tests.tiny_gguf import tiny_llama
+from tests.tiny_gguf import tiny_model
 
 
 def tokens_for(vocab: int, count: int, seed: int = 1) -> list[int]:
@@ -25,7 +25,7 @@ def tokens_for(vocab: int, count: int, seed: int = 1) -> list[int]:
 
 def tiny(**options: object) -> GGUFFile:
     """A tiny model of six layers, or as the options say."""
-    return GGUFFile.from_bytes(tiny_llama(**{"layers": 6, **options}))
+    return GGUFFile.from_bytes(tiny_model(**{"layers": 6, **options}))
 
 
 @pytest.fixture(params=["cpu", "reference"])

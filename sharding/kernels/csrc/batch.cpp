@@ -13,8 +13,12 @@ constexpr int SLICE = 32;  // tokens whose angles one thread computes, a tenth o
 
 }  // namespace
 
-Batch::Batch(std::vector<Segment> segments, const double* frequencies, int pairs, bool adjacent)
-    : segments_(std::move(segments)) {
+Batch::Batch(std::vector<Segment> segments, const double* frequencies,
+             const std::vector<double>& gains, int pairs, bool adjacent)
+    : segments_(std::move(segments)),
+      rotations_(static_cast<int>(gains.size())),
+      pairs_(pairs),
+      adjacent_(adjacent) {
     const int tokens = segments_.empty() ? 0 : segments_.back().stop;
     std::vector<int> positions;
     for (const Segment& segment : segments_) {
@@ -25,18 +29,26 @@ Batch::Batch(std::vector<Segment> segments, const double* frequencies, int pairs
             slot_.push_back(position % PAGE);
         }
     }
-    cosines_.resize(static_cast<size_t>(tokens) * static_cast<size_t>(pairs));
+    const auto width = static_cast<size_t>(pairs), each = static_cast<size_t>(tokens) * width;
+    cosines_.resize(gains.size() * each);
     sines_.resize(cosines_.size());
     pool().run((tokens + SLICE - 1) / SLICE, [&](int slice) {
-        for (int t = slice * SLICE; t < std::min(tokens, (slice + 1) * SLICE); ++t)
-            for (int pair = 0; pair < pairs; ++pair) {
-                const auto at = static_cast<size_t>(t) * static_cast<size_t>(pairs) + pair;
-                const double radians = positions[static_cast<size_t>(t)] * frequencies[pair];
-                cosines_[at] = static_cast<float>(std::cos(radians));
-                sines_[at] = static_cast<float>(std::sin(radians));
-            }
+        for (size_t rotation = 0; rotation < gains.size(); ++rotation)
+            for (int t = slice * SLICE; t < std::min(tokens, (slice + 1) * SLICE); ++t)
+                for (size_t pair = 0; pair < width; ++pair) {
+                    const size_t at = rotation * each + static_cast<size_t>(t) * width + pair;
+                    const double radians =
+                        positions[static_cast<size_t>(t)] * frequencies[rotation * width + pair];
+                    cosines_[at] = static_cast<float>(std::cos(radians) * gains[rotation]);
+                    sines_[at] = static_cast<float>(std::sin(radians) * gains[rotation]);
+                }
     });
-    turn_ = {tokens, pairs, adjacent, cosines_.data(), sines_.data(), page_.data(), slot_.data()};
+}
+
+Turn Batch::turn(int rotation) const {
+    const size_t first = static_cast<size_t>(rotation) * page_.size() * static_cast<size_t>(pairs_);
+    return {tokens(),      pairs_,       adjacent_, cosines_.data() + first, sines_.data() + first,
+            page_.data(), slot_.data()};
 }
 
 }  // namespace longspan

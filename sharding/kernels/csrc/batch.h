@@ -9,20 +9,26 @@ namespace longspan {
 
 class Batch {
   public:
-    // `frequencies`: radians a position, of each of so many pairs. Segments follow one another;
-    // their page tables belong to the caller.
-    Batch(std::vector<Segment> segments, const double* frequencies, int pairs, bool adjacent);
+    // `frequencies`: radians a position, [rotations, pairs]; cosines and sines of a rotation are
+    // times its gain, as many as there are rotations. Segments follow one another; their page tables
+    // belong to the caller.
+    Batch(std::vector<Segment> segments, const double* frequencies,
+          const std::vector<double>& gains, int pairs, bool adjacent);
     Batch(const Batch&) = delete;
     Batch& operator=(const Batch&) = delete;
 
     const std::vector<Segment>& segments() const { return segments_; }
-    const Turn& turn() const { return turn_; }
+    int tokens() const { return static_cast<int>(page_.size()); }
+    int rotations() const { return rotations_; }
+    // By that rotation.
+    Turn turn(int rotation) const;
 
   private:
     std::vector<Segment> segments_;
     std::vector<float> cosines_, sines_;
     std::vector<int64_t> page_, slot_;
-    Turn turn_;
+    int rotations_, pairs_;
+    bool adjacent_;
 };
 
 }  // namespace longspan

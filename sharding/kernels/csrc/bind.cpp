@@ -90,6 +90,11 @@ void check_order(const Ops& ops, const Weight& weight) {
         throw std::invalid_argument("a weight that was packed for another instruction set");
 }
 
+void check_rotation(int rotation, const Batch& batch) {
+    if (rotation < 0 || rotation >= batch.rotations())
+        throw std::invalid_argument("no rotation " + std::to_string(rotation));
+}
+
 // The blocks of a stage.
 struct Layers {
     const Ops& ops;
@@ -143,20 +148,23 @@ void bind_kernels(nb::class_<Kernels> kernels) {
     kernels.def(
         "rms_norm",
         [](const Kernels& self, Address x, int tokens, int width, Address scale, float eps,
-           Address y) {
-            self.ops.rms_norm(at<float>(x), tokens, width, at<float>(scale), eps, at<float>(y));
+           Address residual, Address y) {
+            self.ops.rms_norm(at<float>(x), tokens, width, {at<float>(scale), eps},
+                              at<float>(residual), at<float>(y));
         },
         Release());
     kernels.def(
-        "gated_silu",
-        [](const Kernels& self, Address x, int tokens, int width, Address y) {
-            self.ops.gated_silu(at<float>(x), tokens, width, at<float>(y));
-        },
+        "gated",
+        [](const Kernels& self, Address x, int tokens, int width, Activation activation,
+           Address y) { self.ops.gated(at<float>(x), tokens, width, activation, at<float>(y)); },
         Release());
     kernels.def(
         "rotate_and_store",
-        [](const Kernels& self, Address qkv, const Batch& batch, const Pages& pages, Address q) {
-            self.ops.rotate_and_store(at<float>(qkv), batch.turn(), pages, at<float>(q));
+        [](const Kernels& self, Address qkv, const Heads& heads, int rotation, const Batch& batch,
+           const Pages& pages, Address q) {
+            check_rotation(rotation, batch);
+            self.ops.rotate_and_store(at<float>(qkv), heads, batch.turn(rotation), pages,
+                                      at<float>(q));
         },
         Release());
     kernels.def(
@@ -218,6 +226,39 @@ void bind_draws(nb::class_<Kernels>& kernels) {
         Release());
 }
 
+void check_rotations(const std::vector<Layer>& layers, const Batch& batch) {
+    for (const Layer& layer : layers) check_rotation(layer.rotation, batch);
+}
+
+void bind_layers(nb::class_<Layers> layers) {
+    layers.def(nb::init<const Kernels&>());
+    layers.def("append", [](Layers& self, std::vector<Address> norms, float eps, const Weight& qkv,
+                            const Weight& output, const Weight& gate_up, const Weight& down,
+                            const Pages& pages, int window, const Heads& heads, int rotation,
+                            Activation activation) {
+        for (const Weight* weight : {&qkv, &output, &gate_up, &down})
+            check_order(self.ops, *weight);
+        const auto norm = [&](size_t i) { return Norm{at<float>(norms.at(i)), eps}; };
+        self.all.push_back({norm(0), norm(1), &qkv, &output, &gate_up, &down, pages, window,
+                            norm(2), norm(3), heads, rotation, activation});
+    });
+    layers.def(
+        "run",
+        [](const Layers& self, Address x, const Batch& batch, Address y) {
+            check_rotations(self.all, batch);
+            run_layers(self.ops, self.all, at<float>(x), batch, nullptr, at<float>(y));
+        },
+        Release());
+    layers.def(
+        "run_wanted",
+        [](const Layers& self, Address x, const Batch& batch, const std::vector<int>& wanted,
+           Address y) {
+            check_rotations(self.all, batch);
+            run_layers(self.ops, self.all, at<float>(x), batch, &wanted, at<float>(y));
+        },
+        Release());
+}
+
 void bind_head(nb::class_<BoundHead> head) {
     head.def("__init__", [](BoundHead* self, const Kernels& kernels, Address norm, float eps,
                             const Weight& weight) {
@@ -274,43 +315,22 @@ NB_MODULE(_cpu, m) {
              [](Pages* self, int heads, int kv_heads, int dim, Address keys, Address values) {
                  new (self) Pages(make_pages(heads, kv_heads, dim, keys, values));
              });
+    nb::class_<Heads>(m, "Heads")
+        .def("__init__", [](Heads* self, Address bias, Address q_norm, Address k_norm, float eps) {
+            new (self)
+                Heads{at<float>(bias), {at<float>(q_norm), eps}, {at<float>(k_norm), eps}};
+        });
+    nb::enum_<Activation>(m, "Activation")
+        .value("silu", Activation::Silu)
+        .value("gelu", Activation::Gelu);
     nb::class_<Batch>(m, "Batch")
         .def("__init__", [](Batch* self, const std::vector<int>& spans,
-                            const std::vector<Address>& tables, Address frequencies, int pairs,
-                            bool adjacent) {
-            new (self)
-                Batch(make_segments(spans, tables), at<const double>(frequencies), pairs, adjacent);
+                            const std::vector<Address>& tables, Address frequencies,
+                            const std::vector<double>& gains, int pairs, bool adjacent) {
+            new (self) Batch(make_segments(spans, tables), at<const double>(frequencies), gains,
+                             pairs, adjacent);
         });
-    nb::class_<Layers>(m, "Layers")
-        .def(nb::init<const Kernels&>())
-        .def("append",
-             [](Layers& self, Address attention_norm, const Weight& qkv, const Weight& output,
-                Address ffn_norm, const Weight& gate_up, const Weight& down, const Pages& pages,
-                int window, float eps) {
-                 for (const Weight* weight : {&qkv, &output, &gate_up, &down})
-                     check_order(self.ops, *weight);
-                 self.all.push_back({{at<float>(attention_norm), eps},
-                                     {at<float>(ffn_norm), eps},
-                                     &qkv,
-                                     &output,
-                                     &gate_up,
-                                     &down,
-                                     pages,
-                                     window});
-             })
-        .def(
-            "run",
-            [](const Layers& self, Address x, const Batch& batch, Address y) {
-                run_layers(self.ops, self.all, at<float>(x), batch, nullptr, at<float>(y));
-            },
-            Release())
-        .def(
-            "run_wanted",
-            [](const Layers& self, Address x, const Batch& batch, const std::vector<int>& wanted,
-               Address y) {
-                run_layers(self.ops, self.all, at<float>(x), batch, &wanted, at<float>(y));
-            },
-            Release());
+    bind_layers(nb::class_<Layers>(m, "Layers"));
     bind_kernels(kernels);
     bind_draws(kernels);
     bind_head(nb::class_<BoundHead>(m, "Head"));

@@ -44,16 +44,25 @@ std::vector<Segment> alone(const std::vector<Segment>& segments, const std::vect
     return picked;
 }
 
+// `step(residual, y)` writes what it adds to x on top of x into y, through `between` if that is
+// normed first. y may be x.
+template <class Step>
+void add_onto(const Ops& ops, const Norm& post_norm, const float* x, int tokens, int hidden,
+              float* between, float* y, const Step& step) {
+    if (!post_norm.scale) return step(x, y);
+    step(nullptr, between);
+    ops.rms_norm(between, tokens, hidden, post_norm, x, y);
+}
+
 // `wanted`, if not null: the only rows of which more is computed than keys and values.
 void run_layer(const Ops& ops, const Layer& layer, const Weight* next, const float* x,
                const Batch& batch, const std::vector<int>* wanted, float* y) {
-    int tokens = batch.turn().tokens;
+    int tokens = batch.tokens();
     const int hidden = layer.qkv->cols();
     const Between at(layer, static_cast<size_t>(tokens));
-    ops.rms_norm(x, tokens, hidden, layer.attention_norm.scale, layer.attention_norm.eps,
-                 at.normed);
+    ops.rms_norm(x, tokens, hidden, layer.attention_norm, nullptr, at.normed);
     matmul(ops, at.normed, tokens, *layer.qkv, nullptr, nullptr, at.wide);
-    ops.rotate_and_store(at.wide, batch.turn(), layer.pages, at.q);
+    ops.rotate_and_store(at.wide, layer.heads, batch.turn(layer.rotation), layer.pages, at.q);
     std::vector<Segment> picked;
     if (wanted) {
         if (wanted->empty()) return;
@@ -65,10 +74,17 @@ void run_layer(const Ops& ops, const Layer& layer, const Weight* next, const flo
     }
     ops.attention(at.q, wanted ? picked : batch.segments(), layer.pages, layer.window, layer.output,
                   at.mixed);
-    matmul(ops, at.mixed, tokens, *layer.output, layer.gate_up, x, y);
-    ops.rms_norm(y, tokens, hidden, layer.ffn_norm.scale, layer.ffn_norm.eps, at.normed);
+    add_onto(ops, layer.attention_post_norm, x, tokens, hidden, at.normed, y,
+             [&](const float* residual, float* out) {
+                 matmul(ops, at.mixed, tokens, *layer.output, layer.gate_up, residual, out);
+             });
+    ops.rms_norm(y, tokens, hidden, layer.ffn_norm, nullptr, at.normed);
     matmul(ops, at.normed, tokens, *layer.gate_up, layer.down, nullptr, at.wide);
-    gated_matmul(ops, at.wide, tokens, *layer.down, next, y, at.q, y);
+    add_onto(ops, layer.ffn_post_norm, y, tokens, hidden, at.normed, y,
+             [&](const float* residual, float* out) {
+                 gated_matmul(ops, at.wide, tokens, layer.activation, *layer.down, next, residual,
+                              at.q, out);
+             });
 }
 
 }  // namespace
@@ -87,7 +103,7 @@ void run_head(const Ops& ops, const Head& head, const float* x, int tokens, floa
     static thread_local Scratch<float> scratch;
     const int hidden = head.weight->cols();
     float* normed = scratch.at_least(static_cast<size_t>(tokens) * hidden);
-    ops.rms_norm(x, tokens, hidden, head.norm.scale, head.norm.eps, normed);
+    ops.rms_norm(x, tokens, hidden, head.norm, nullptr, normed);
     matmul(ops, normed, tokens, *head.weight, nullptr, nullptr, logits);
 }
 

@@ -9,23 +9,23 @@
 
 namespace longspan {
 
-// RMS norm.
-struct Norm {
-    const float* scale;
-    float eps;
-};
-
-// A block's weights and pages. What it points to belongs to Python, which keeps it.
+// A block's weights and pages. What it points to belongs to Python, which keeps it. The post norms
+// may be absent; heads turn by that rotation of a batch.
 struct Layer {
     Norm attention_norm, ffn_norm;
     const Weight *qkv, *output, *gate_up, *down;
     Pages pages;
     int window;
+    Norm attention_post_norm, ffn_post_norm;
+    Heads heads;
+    int rotation;
+    Activation activation;
 };
 
 // y [T, I] = x through all layers; y may be x.
 //     x += attention(norm(x) @ qkv^T) @ output^T
-//     x += (silu(gate) * up) @ down^T  with gate, up = norm(x) @ gate_up^T
+//     x += (activation(gate) * up) @ down^T  with gate, up = norm(x) @ gate_up^T
+// What is added is normed first where there is a post norm.
 // `wanted`, if not null: rows of y that are wanted, ascending. They become its first rows, and the
 // last layer computes of the others keys and values alone.
 void run_layers(const Ops& ops, const std::vector<Layer>& layers, const float* x,

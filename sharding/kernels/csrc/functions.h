@@ -27,5 +27,16 @@ inline V exp2(V x) {
     return scale_by_power(p, n);
 }
 
-// Below -89 the result is 0 in float32, and e^-x would be infinite.
-inline V silu(V x) { return div(x, add(splat(1.0f), exp(sub(zero(), max(x, splat(-89.0f)))))); }
+// x / (1 + e^-by). Below -89 the result is 0 in float32, and e^-by would be infinite.
+inline V sigmoid_times(V x, V by) {
+    return div(x, add(splat(1.0f), exp(sub(zero(), max(by, splat(-89.0f))))));
+}
+
+inline V silu(V x) { return sigmoid_times(x, x); }
+
+// x (1 + tanh(z)) / 2 with z = sqrt(2 / pi) (x + 0.044715 x^3), since (1 + tanh(z)) / 2 is 1 / (1 +
+// e^-2z).
+inline V gelu(V x) {
+    const V slope = fma(mul(x, x), splat(0.07135481627f), splat(1.59576912161f));
+    return sigmoid_times(x, mul(x, slope));
+}

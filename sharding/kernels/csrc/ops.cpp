@@ -34,14 +34,16 @@ void matmul(const Ops& ops, const float* x, int tokens, const Weight& weight, co
     }
 }
 
-void gated_matmul(const Ops& ops, const float* x, int tokens, const Weight& weight,
-                  const Weight* next, const float* residual, float* gated, float* y) {
+void gated_matmul(const Ops& ops, const float* x, int tokens, Activation activation,
+                  const Weight& weight, const Weight* next, const float* residual, float* gated,
+                  float* y) {
     if (tokens == 0) return;
     const Part& first = weight.parts()[0];
-    if (ops.gated_matmul && weight.parts().size() == 1 && is_quantised(first.layout))
+    if (ops.gated_matmul && activation == Activation::Silu && weight.parts().size() == 1 &&
+        is_quantised(first.layout))
         return ops.gated_matmul(x, first, next,
                                 {residual, y, weight.rows(), 0, weight.rows(), tokens});
-    ops.gated_silu(x, tokens, weight.cols(), gated);
+    ops.gated(x, tokens, weight.cols(), activation, gated);
     matmul(ops, gated, tokens, weight, next, residual, y);
 }
 

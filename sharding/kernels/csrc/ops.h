@@ -38,6 +38,22 @@ struct Turn {
     const int64_t *page, *slot;
 };
 
+// RMS norm of rows, or of heads.
+struct Norm {
+    const float* scale;  // null for no norm
+    float eps;
+};
+
+// What becomes of a token's heads before they turn: a bias of all of them, norms of queries and of
+// keys. Each may be absent; both norms or none.
+struct Heads {
+    const float* bias;
+    Norm q, k;
+};
+
+// What a gate's input goes through; GELU in its approximation by tanh.
+enum class Activation { Silu, Gelu };
+
 // Where the products with one part of a weight go: columns [column, column + rows) of y [tokens,
 // stride], on top of the residual's if there is one (y itself, maybe).
 struct Output {
@@ -76,12 +92,14 @@ struct Ops {
     void (*matmul)(const float* x, const Part& part, const Weight* next, const Output& out);
     // y[I] = row `row` of the part.
     void (*embed_row)(const Part& part, int row, float* y);
-    void (*rms_norm)(const float* x, int tokens, int width, const float* scale, float eps,
-                     float* y);
-    // y[T, F] = silu(x[:, :F]) * x[:, F:]
-    void (*gated_silu)(const float* x, int tokens, int width, float* y);
+    // On top of the residual, if it is not null; y may be that.
+    void (*rms_norm)(const float* x, int tokens, int width, const Norm& norm,
+                     const float* residual, float* y);
+    // y[T, F] = activation(x[:, :F]) * x[:, F:]
+    void (*gated)(const float* x, int tokens, int width, Activation activation, float* y);
     // Splits qkv [T, (H + 2G) * D]; turned queries go to q [T, H * D], keys and values to pages.
-    void (*rotate_and_store)(const float* qkv, const Turn& turn, const Pages& pages, float* q);
+    void (*rotate_and_store)(const float* qkv, const Heads& heads, const Turn& turn,
+                             const Pages& pages, float* q);
     // y[T, H * D]; a token sees the last `window` slots up to its own, all of them if 0. `next` as
     // above.
     void (*attention)(const float* q, const std::vector<Segment>& segments, const Pages& pages,
@@ -93,8 +111,8 @@ struct Ops {
     // The token, then so many of the likeliest by falling logits, equals by rising id; returns how
     // many in all, 0 if a logit is NaN or +infinity, or none is finite.
     int (*score)(const float* logits, int n, int64_t token, int alternatives, Scored* out);
-    // matmul of what gated_silu makes of x[T, 2 I], without storing that; null if there is none.
-    // Not for the float formats.
+    // matmul of what `gated` makes of x[T, 2 I] by SiLU, without storing that; null if there is
+    // none. Not for the float formats.
     void (*gated_matmul)(const float* x, const Part& part, const Weight* next, const Output& out);
 };
 
@@ -112,9 +130,10 @@ void pair_columns(bool yes);
 // y[T, O] = residual + x[T, I] @ weight^T; `residual` may be null, or y itself. `next` as above.
 void matmul(const Ops& ops, const float* x, int tokens, const Weight& weight, const Weight* next,
             const float* residual, float* y);
-// The same of gated_silu(x[T, 2 I]), for which there is room in `gated` [T, I].
-void gated_matmul(const Ops& ops, const float* x, int tokens, const Weight& weight,
-                  const Weight* next, const float* residual, float* gated, float* y);
+// The same of gated(x[T, 2 I]), for which there is room in `gated` [T, I].
+void gated_matmul(const Ops& ops, const float* x, int tokens, Activation activation,
+                  const Weight& weight, const Weight* next, const float* residual, float* gated,
+                  float* y);
 // y[T, I] = rows ids[t] of the weight.
 void embed(const Ops& ops, const Weight& weight, const std::vector<int64_t>& ids, float* y);
 

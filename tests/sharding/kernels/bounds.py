@@ -8,6 +8,7 @@ from a kernel's inputs alone. Not here: the data (`world.py`).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,8 @@ import torch
 from numpy.typing import NDArray
 
 from sharding.gguf.quants import FORMATS, QuantFormat, dequantise
+from sharding.kernels import HeadWeights
+from sharding.model.arch import Activation
 from sharding.model.attention import BatchIndex, Rows
 from sharding.model.kv_cache import LayerPages
 
@@ -158,36 +161,103 @@ def reference_matmul(
 
 
 def rms_norm(
-    x_TI: torch.Tensor, scale_I: torch.Tensor, eps: float, lanes: int = 16
+    x_TI: torch.Tensor,
+    scale_I: torch.Tensor,
+    eps: float,
+    lanes: int = 16,
+    residual_TI: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Squares are summed in so many lanes."""
+    """Squares are summed in so many lanes; the residual's addition rounds once."""
     x, scale = x_TI.double(), scale_I.double()
     truth = x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * scale
-    mean_roundings = -(-x.shape[1] // lanes) + 8
-    return truth, gamma(mean_roundings / 2 + 5) * truth.abs() + TINY * (1 + scale.abs())
+    mean_roundings = -(-x.shape[-1] // lanes) + 8
+    bound = gamma(mean_roundings / 2 + 5) * truth.abs() + TINY * (1 + scale.abs())
+    if residual_TI is None:
+        return truth, bound
+    truth = truth + residual_TI.double()
+    return truth, bound * (1 + U) + U * truth.abs()
 
 
-def gated_silu(gate_up_T2F: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """e^-g, an addition, a division, a product; 2^-121 where e^-g is beyond float32."""
+def sigmoid_of(gate: torch.Tensor, activation: Activation) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a gate's sigmoid is taken of, and how far that is off: GELU's polynomial has terms of
+    one sign, five roundings. Where that were more than 1, the sigmoid is 0 or 1 however far."""
+    if activation == "silu":
+        return gate, torch.zeros_like(gate)
+    by = 2 * (2 / math.pi) ** 0.5 * (gate + 0.044715 * gate**3)
+    return by, (gamma(5) * by.abs()).clamp(max=1)
+
+
+def gated(
+    gate_up_T2F: torch.Tensor, activation: Activation = "silu"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """e^-by, an addition, a division, a product; 2^-121 where e^-by is beyond float32."""
     gate, up = gate_up_T2F.double().chunk(2, dim=-1)
-    truth = gate * torch.sigmoid(gate) * up
-    roundings = EXP_ERROR / U + 4
-    return truth, gamma(roundings) * truth.abs() + 2.0**-121 * up.abs() + TINY * (1 + up.abs())
+    by, off = sigmoid_of(gate, activation)
+    truth = gate * torch.sigmoid(by) * up
+    relative = torch.expm1(off) + gamma(EXP_ERROR / U + 4)
+    return truth, relative * truth.abs() + 2.0**-121 * up.abs() + TINY * (1 + up.abs())
 
 
-def rotated(x_THD: torch.Tensor, index: BatchIndex) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two products and a sum for each turning element; the others are copied."""
-    pairs = index.cos_TR.shape[1]
-    cos, sin = index.cos_TR.double()[:, None], index.sin_TR.double()[:, None]
+def rotated(
+    x_THD: torch.Tensor, index: BatchIndex, rotation: int = 0, off_THD: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two products and a sum for each turning element; the others are copied. `off_THD`: how far
+    `x` may be off."""
+    rope = index.rope
+    cos = index.cos_NTR[rotation].double()[:, None]
+    sin = index.sin_NTR[rotation].double()[:, None]
     x = x_THD.double()
-    a, b = x[..., : 2 * pairs].unflatten(-1, index.pair_shape).unbind(index.pair_axis)
-    turned = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=index.pair_axis)
+    off = torch.zeros_like(x) if off_THD is None else off_THD
+    a, b = x[..., : 2 * rope.turning].unflatten(-1, rope.pair_shape).unbind(rope.pair_axis)
+    c, d = off[..., : 2 * rope.turning].unflatten(-1, rope.pair_shape).unbind(rope.pair_axis)
+    turned = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=rope.pair_axis)
     sizes = (a * cos).abs() + (b * sin).abs(), (a * sin).abs() + (b * cos).abs()
-    size = torch.stack(sizes, dim=index.pair_axis).flatten(-2)
-    rest = x[..., 2 * pairs :]
-    truth = torch.cat((turned.flatten(-2), rest), dim=-1)
-    bound = torch.cat((gamma(2) * size + 2 * TINY, torch.zeros_like(rest)), dim=-1)
-    return truth, bound
+    size = torch.stack(sizes, dim=rope.pair_axis).flatten(-2)
+    offs = c * cos.abs() + d * sin.abs(), c * sin.abs() + d * cos.abs()
+    carried = torch.stack(offs, dim=rope.pair_axis).flatten(-2)
+    rest = slice(2 * rope.turning, None)
+    truth = torch.cat((turned.flatten(-2), x[..., rest]), dim=-1)
+    bound = gamma(2) * (size + carried) + carried + 2 * TINY
+    return truth, torch.cat((bound, off[..., rest]), dim=-1)
+
+
+@dataclass(frozen=True)
+class Turned:
+    """Queries as they turn, keys and values as they are stored: truth and bound of each, `[T, H,
+    D]` and `[T, G, D]`."""
+
+    q: tuple[torch.Tensor, torch.Tensor]
+    k: tuple[torch.Tensor, torch.Tensor]
+    v: tuple[torch.Tensor, torch.Tensor]
+
+
+def rotate_and_store(
+    qkv_TX: torch.Tensor, index: BatchIndex, kv_heads: int, dim: int, own: HeadWeights
+) -> Turned:
+    """A bias, a norm, a rotation, a rounding to FP16; each passes on what the one before is off by.
+
+    A norm is off by that twice: in its own element, and half in each root of squares.
+    """
+    x_TX = qkv_TX.double()
+    off_TX = torch.zeros_like(x_TX)
+    if own.bias_X is not None:
+        x_TX = x_TX + own.bias_X.double()
+        off_TX = U * x_TX.abs()
+    heads = x_TX.shape[1] // dim - 2 * kv_heads
+    sizes = [heads, kv_heads, kv_heads]
+    parts = [x.unflatten(1, (-1, dim)).split(sizes, dim=1) for x in (x_TX, off_TX)]
+    q, k, v = zip(*parts, strict=True)
+    if own.q_norm_D is not None and own.k_norm_D is not None:
+        q, k = _normed_head(q[0], own.q_norm_D, own.eps), _normed_head(k[0], own.k_norm_D, own.eps)
+    q, k = rotated(q[0], index, own.rotation, q[1]), rotated(k[0], index, own.rotation, k[1])
+    return Turned(q, (k[0], stored_half(*k)), (v[0], stored_half(*v)))
+
+
+def _normed_head(
+    x_THD: torch.Tensor, norm_D: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    truth, bound = rms_norm(x_THD, norm_D, eps, lanes=1)
+    return truth, bound + gamma(3) * truth.abs()
 
 
 def stored_half(truth: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:

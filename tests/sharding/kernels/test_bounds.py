@@ -8,6 +8,7 @@ import torch
 
 from sharding.kernels import Kernels
 from sharding.kernels.reference import ReferenceKernels
+from sharding.model.arch import Activation
 from tests.sharding.kernels import bounds
 from tests.sharding.kernels.instruction_sets import KERNELS
 from tests.sharding.kernels.world import (
@@ -16,6 +17,7 @@ from tests.sharding.kernels.world import (
     file_of,
     index_of,
     normal,
+    own_weights,
     random_pages,
     random_raw,
 )
@@ -105,16 +107,26 @@ def test_rms_norm(isa: str, width: int, size: float) -> None:
 
 
 @on_every_instruction_set
-def test_gated_silu(isa: str) -> None:
+@pytest.mark.parametrize("width", [1, 15, 16, 100])
+def test_rms_norm_on_top_of_a_residual(isa: str, width: int) -> None:
+    x_TI, scale_I, residual_TI = normal(3, width), normal(width, seed=4), normal(3, width, seed=5)
+    for kernels in (KERNELS[isa], REFERENCE):
+        found = kernels.rms_norm(x_TI, scale_I, 1e-5, residual_TI)
+        assert within(found, bounds.rms_norm(x_TI, scale_I, 1e-5, 1, residual_TI))
+
+
+@on_every_instruction_set
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_gated(isa: str, activation: Activation) -> None:
     """Gates over the whole range of e^x and beyond, densest where its reduction changes."""
     near_zero = torch.linspace(-3, 3, 3001)
     wide = torch.linspace(-400, 400, 6001)
     extremes = torch.tensor([0.0, -0.0, 1e-40, -1e-30, 3e38, -3e38, -88.72284, -103.98, -177.0])
     gate = torch.cat((near_zero, wide, extremes))
     gate_up = torch.cat((gate, normal(len(gate), seed=5)))[None]
-    expected = bounds.gated_silu(gate_up)
-    assert within(KERNELS[isa].gated_silu(gate_up), expected)
-    assert within(REFERENCE.gated_silu(gate_up), expected)
+    expected = bounds.gated(gate_up, activation)
+    assert within(KERNELS[isa].gated(gate_up, activation), expected)
+    assert within(REFERENCE.gated(gate_up, activation), expected)
 
 
 @on_every_instruction_set
@@ -141,6 +153,22 @@ def test_rotation_and_the_rounding_of_keys_and_values(isa: str, heads: Heads) ->
     stored = pages.k_PGDS[index.page_T, :, :, index.slot_T]
     assert within(stored, (truth, bounds.stored_half(truth, bound)))
     assert torch.equal(pages.v_PGSD[index.page_T, :, index.slot_T], v_TGD.half())
+
+
+@on_every_instruction_set
+@pytest.mark.parametrize(("bias", "norms"), [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("heads", [Heads(3, 1, 64, 64, "halves"), Heads(4, 2, 90, 70)], ids=str)
+def test_heads_with_a_bias_and_norms(isa: str, heads: Heads, bias: bool, norms: bool) -> None:
+    index = index_of(heads, [(0, 5, 20), (1, 0, 1)], 32, rotations=2)
+    qkv_TX = normal(21, (heads.heads + 2 * heads.kv_heads) * heads.dim)
+    own = own_weights(heads, bias, norms)
+    expected = bounds.rotate_and_store(qkv_TX, index, heads.kv_heads, heads.dim, own)
+    for kernels in (KERNELS[isa], REFERENCE):
+        pages = random_pages(heads, 32, requests=2)
+        found = kernels.rotate_and_store(qkv_TX, index, pages, own)
+        assert within(found.unflatten(1, (-1, heads.dim)), expected.q)
+        assert within(pages.k_PGDS[index.page_T, :, :, index.slot_T], expected.k)
+        assert within(pages.v_PGSD[index.page_T, :, index.slot_T], expected.v)
 
 
 @on_every_instruction_set

@@ -19,6 +19,7 @@ from sharding.gguf.quants import FORMATS
 from sharding.kernels import Kernels
 from sharding.kernels.cpu import CPUKernels
 from sharding.kernels.reference import ReferenceKernels
+from sharding.model.arch import Pairs
 from sharding.model.kv_cache import LayerPages
 from sharding.model.sampling import History
 from tests.sharding.kernels import bounds
@@ -96,7 +97,8 @@ def test_rotation_gates_and_norms_of_any_width(data: st.DataObject) -> None:
     kernels = KERNELS[data.draw(instruction_sets, "instruction set")]
     dim = data.draw(st.integers(2, 70), "head dim")
     rope_dims = 2 * data.draw(st.integers(1, dim // 2), "pairs")
-    pairs = data.draw(st.sampled_from(["adjacent", "halves"]), "which pair")
+    choices: tuple[Pairs, ...] = ("adjacent", "halves")
+    pairs = data.draw(st.sampled_from(choices), "which pair")
     heads = Heads(3, 1, dim, rope_dims, pairs)
     index, tokens = index_of(heads, [(0, 3, 5), (1, 0, 1)], 16), 6
     x = normal(tokens, 5 * dim)
@@ -106,8 +108,8 @@ def test_rotation_gates_and_norms_of_any_width(data: st.DataObject) -> None:
     assert torch.equal(own.k_PGDS, twins.k_PGDS)
     assert torch.equal(own.v_PGSD, twins.v_PGSD)
     gate_up = normal(tokens, 2 * dim) * data.draw(st.sampled_from([1.0, 100.0]))
-    _, bound = bounds.gated_silu(gate_up)
-    apart = kernels.gated_silu(gate_up).double() - REFERENCE.gated_silu(gate_up).double()
+    _, bound = bounds.gated(gate_up)
+    apart = kernels.gated(gate_up).double() - REFERENCE.gated(gate_up).double()
     assert (apart.abs() <= 2 * bound).all()
     scale_I = normal(5 * dim, seed=4)
     _, bound = bounds.rms_norm(x, scale_I, 1e-5, lanes=1)
@@ -163,7 +165,7 @@ def test_no_tokens_give_no_rows(isa: str) -> None:
     assert kernels.matmul(torch.empty(0, 4096), weight, torch.empty(0, 20)).shape == (0, 20)
     assert kernels.embed(weight, []).shape == (0, 4096)
     assert kernels.rms_norm(torch.empty(0, 8), torch.ones(8), 1e-5).shape == (0, 8)
-    assert kernels.gated_silu(torch.empty(0, 8)).shape == (0, 4)
+    assert kernels.gated(torch.empty(0, 8)).shape == (0, 4)
 
 
 @on_every_instruction_set
@@ -221,7 +223,7 @@ def test_norms_and_gates_pass_on_what_is_not_finite(isa: str, bad: float) -> Non
                 kernels.rms_norm(x, torch.ones(width), 1e-5),
                 REFERENCE.rms_norm(x, torch.ones(width), 1e-5),
             ),
-            (kernels.gated_silu(x), REFERENCE.gated_silu(x)),
+            (kernels.gated(x), REFERENCE.gated(x)),
         ]:
             assert torch.equal(found.isnan(), twin.isnan())
             assert torch.equal(found.isinf(), twin.isinf())

@@ -4,6 +4,7 @@ or a prompt is cut may show in a result."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -22,12 +23,13 @@ from tests.sharding.kernels.world import (
     file_of,
     index_of,
     normal,
+    own_weights,
     random_pages,
     random_raw,
     same,
 )
 from tests.stages import chunked_logits, load_stages, logits, open_request
-from tests.tiny_gguf import tiny_llama
+from tests.tiny_gguf import tiny_model
 
 on_every_instruction_set = pytest.mark.parametrize("isa", KERNELS)
 in_every_format = pytest.mark.parametrize("name", FORMAT_NAMES)
@@ -109,7 +111,7 @@ def everything(kernels: CPUKernels) -> list[torch.Tensor]:
         *(kernels.matmul(normal(tokens, 512), weight) for tokens in (1, 2, 40)),
         kernels.embed(weight, range(300)),
         kernels.rms_norm(normal(100, 512), normal(512, seed=3), 1e-5),
-        kernels.gated_silu(normal(100, 512)),
+        kernels.gated(normal(100, 512)),
         turned,
         pages.k_PGDS,
         pages.v_PGSD,
@@ -172,8 +174,23 @@ DOWN = ("F16", 100), ("Q4_1", 96), ("Q6_K", 256)
 results become digits and are never written as numbers."""
 
 
-def three_blocks(kernels: CPUKernels) -> list[BlockWeights]:
-    """Of 4 heads and 2 kv heads of 64 numbers, two of them with a window."""
+HEADS = Heads(4, 2, 64, 64)
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "bias": {"heads": own_weights(HEADS, bias=True, norms=False)},
+    "norms": {
+        "heads": own_weights(HEADS, bias=False, norms=True),
+        "activation": "gelu",
+        "attn_post_norm_I": normal(256, seed=21),
+        "ffn_post_norm_I": normal(256, seed=22),
+    },
+}
+"""What blocks of some families have beside."""
+
+
+def three_blocks(kernels: CPUKernels, family: str) -> list[BlockWeights]:
+    """Of `HEADS`, two of them with a window."""
 
     def weight(name: str, rows: int, cols: int, seed: int) -> Weight:
         return kernels.pack(file_of(w=(name, random_raw(name, rows, cols, seed))), ["w"])
@@ -188,19 +205,23 @@ def three_blocks(kernels: CPUKernels) -> list[BlockWeights]:
             ffn_down=weight(name, 256, width, seed),
             eps=1e-5,
             window=7 * seed,
+            **FAMILIES[family],
         )
         for seed, (name, width) in enumerate(DOWN)
     ]
 
 
 @on_every_instruction_set
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tokens", [1, 2, 5, 13, 31, 70])
-def test_blocks_in_one_call_are_their_kernels_one_by_one(isa: str, tokens: int) -> None:
+def test_blocks_in_one_call_are_their_kernels_one_by_one(
+    isa: str, tokens: int, family: str
+) -> None:
     """All rows, or the last block for some of them alone; on any number of threads; beside a row
     that is not finite."""
-    kernels, heads = KERNELS[isa], Heads(4, 2, 64, 64)
-    weights = three_blocks(kernels)
-    index = index_of(heads, [(0, 10, tokens), (1, 3, 2)], 96)
+    kernels, heads = KERNELS[isa], HEADS
+    weights = three_blocks(kernels, family)
+    index = index_of(heads, [(0, 10, tokens), (1, 3, 2)], 96, rotations=2)
     x_TI = normal(tokens + 2, 256)
     x_TI[-1, 5] = torch.nan  # nobody sees that position's keys
 
@@ -237,7 +258,7 @@ def tiny(name: str) -> GGUFFile:
     """A model of five layers whose matrices are all of that format."""
     size = 256 if name.endswith(("_K", "_XS")) else 64
     heads = {"heads": 6, "hidden": 96} if name in FLOATS else {"hidden": size}
-    return GGUFFile.from_bytes(tiny_llama(layers=5, quant=name, ffn=size, **heads))
+    return GGUFFile.from_bytes(tiny_model(layers=5, quant=name, ffn=size, **heads))
 
 
 def tokens_for(count: int, seed: int) -> list[int]:
@@ -255,6 +276,19 @@ def test_logits_are_the_same_for_any_stages_and_chunks(name: str) -> None:
         assert torch.equal(chunked_logits(load_stages(file, stages), tokens, 512), expected), stages
     for chunk in (1, 7, 64):
         assert torch.equal(chunked_logits(load_stages(file, 1), tokens, chunk), expected), chunk
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma", "gemma3"])
+def test_logits_of_every_family_are_the_same_for_any_stages_and_chunks(family: str) -> None:
+    """One layer of three sees everything, where a family has windows."""
+    keys = {"gemma3.attention.sliding_window": 20, "gemma3.attention.sliding_window_pattern": 3}
+    data = tiny_model(family=family, layers=5, head_dim=32, extra_metadata=keys)
+    file, tokens = GGUFFile.from_bytes(data), tokens_for(70, seed=1)
+    expected = chunked_logits(load_stages(file, 1), tokens, 512)
+    assert expected.isfinite().all()
+    for stages, chunk in ((2, 512), (5, 7), (1, 1)):
+        found = chunked_logits(load_stages(file, stages), tokens, chunk)
+        assert torch.equal(found, expected), (stages, chunk)
 
 
 @pytest.mark.parametrize("name", ["F16", "Q4_1", "Q6_K"])
@@ -281,7 +315,7 @@ def test_logits_are_the_same_alone_and_in_a_batch_of_eight(name: str) -> None:
 
 POINTWISE: dict[str, Callable[[CPUKernels, torch.Tensor], torch.Tensor]] = {
     "rms_norm": lambda kernels, x: kernels.rms_norm(x, normal(x.shape[1], seed=3), 1e-5),
-    "gated_silu": lambda kernels, x: kernels.gated_silu(x),
+    "gated_silu": lambda kernels, x: kernels.gated(x),
 }
 
 

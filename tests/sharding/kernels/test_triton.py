@@ -28,6 +28,7 @@ from sharding.kernels.triton_plan import (
 )
 from sharding.kernels.triton_prefix import Library
 from sharding.kernels.triton_weights import PlanesWeight
+from sharding.model.arch import Activation
 from sharding.model.attention import BatchIndex
 from sharding.model.kv_cache import LayerPages
 from sharding.model.sampling import draw
@@ -39,6 +40,7 @@ from tests.sharding.kernels.world import (
     file_of,
     index_of,
     normal,
+    own_weights,
     random_pages,
     random_raw,
 )
@@ -232,11 +234,20 @@ def test_rms_norm(width: int, size: float) -> None:
     assert within(found, bounds.rms_norm(x_TI, scale_I, 1e-5, lanes=1))
 
 
+def test_rms_norm_on_top_of_a_residual() -> None:
+    x_TI, scale_I, residual_TI = normal(3, 100), normal(100, seed=4), normal(3, 100, seed=5)
+    x, scale, residual = (tensor.to(DEVICE) for tensor in (x_TI, scale_I, residual_TI))
+    found = KERNELS.rms_norm(x, scale, 1e-5, residual)
+    assert within(found, bounds.rms_norm(x_TI, scale_I, 1e-5, 1, residual_TI))
+
+
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
-def test_gated_silu() -> None:
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_gated(activation: Activation) -> None:
     gate = torch.cat((torch.linspace(-3, 3, 3001), torch.linspace(-400, 400, 6001)))
     gate_up = torch.cat((gate, normal(len(gate), seed=5)))[None]
-    assert within(KERNELS.gated_silu(gate_up.to(DEVICE)), triton_bounds.gated_silu(gate_up))
+    found = KERNELS.gated(gate_up.to(DEVICE), activation)
+    assert within(found, triton_bounds.gated(gate_up, activation))
 
 
 @pytest.mark.parametrize(
@@ -262,6 +273,21 @@ def test_rotation_and_the_rounding_of_keys_and_values(heads: Heads) -> None:
     stored = pages.k_PGDS.cpu()[index.page_T, :, :, index.slot_T]
     assert within(stored, (truth, bounds.stored_half(truth, bound)))
     assert torch.equal(pages.v_PGSD.cpu()[index.page_T, :, index.slot_T], v_TGD.half())
+
+
+@pytest.mark.parametrize(("bias", "norms"), [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("heads", [Heads(3, 1, 64, 64, "halves"), Heads(4, 2, 90, 70)], ids=str)
+def test_heads_with_a_bias_and_norms(heads: Heads, bias: bool, norms: bool) -> None:
+    index = index_of(heads, [(0, 5, 20), (1, 0, 1)], 32, rotations=2)
+    pages = on_device(random_pages(heads, 32, requests=2))
+    qkv_TX = normal(21, (heads.heads + 2 * heads.kv_heads) * heads.dim)
+    own = own_weights(heads, bias, norms, DEVICE)
+    found = KERNELS.rotate_and_store(qkv_TX.to(DEVICE), index.to(DEVICE), pages, own)
+    own = own_weights(heads, bias, norms)
+    expected = bounds.rotate_and_store(qkv_TX, index, heads.kv_heads, heads.dim, own)
+    assert within(found.unflatten(1, (-1, heads.dim)), expected.q)
+    assert within(pages.k_PGDS.cpu()[index.page_T, :, :, index.slot_T], expected.k)
+    assert within(pages.v_PGSD.cpu()[index.page_T, :, index.slot_T], expected.v)
 
 
 def steps_of(rows: int, length: int) -> int:

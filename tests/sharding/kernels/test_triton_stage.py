@@ -23,13 +23,14 @@ from sharding.kernels.reference import Float32Weight, ReferenceKernels
 from sharding.kernels.triton import choose_device
 from sharding.kernels.triton_plan import fine_rows
 from sharding.kernels.triton_products import FEW_TOKENS
+from sharding.model.arch import Activation
 from sharding.model.attention import BatchIndex
 from sharding.model.kv_cache import LayerPages
 from sharding.stage import Stage
-from tests.sharding.kernels import triton_bounds
+from tests.sharding.kernels import bounds, triton_bounds
 from tests.sharding.kernels.bounds import U, gamma
 from tests.stages import load_stages, logits, open_request
-from tests.tiny_gguf import tiny_llama
+from tests.tiny_gguf import tiny_model
 
 ON_GPU = choose_device().type == "cuda"
 TWIN = "reference" if ON_GPU else "cpu"
@@ -47,12 +48,25 @@ SMOLLM2: dict[str, object] = {
     "vocab": 4096,
 }
 GEMMA: dict[str, object] = {
+    "family": "gemma3",
     "layers": 18,
-    "hidden": 1024,
+    "hidden": 768,
     "heads": 4,
     "kv_heads": 1,
+    "head_dim": 256,
     "ffn": 2048,
     "vocab": 4096,
+    "extra_metadata": {"gemma3.attention.sliding_window": 100},
+}
+TINY_GEMMA: dict[str, object] = {
+    "family": "gemma3",
+    "layers": 2,
+    "head_dim": 32,
+    "extra_metadata": {
+        "gemma3.attention.sliding_window": 10,
+        "gemma3.attention.sliding_window_pattern": 2,
+        "gemma3.rope.freq_base": 1e6,
+    },
 }
 
 
@@ -94,16 +108,23 @@ class DisturbedKernels(ReferenceKernels):
             y_TX[part] += self._shares(y_TX[part]) * bound.flatten(1).float()
         return y_TX
 
-    def rms_norm(self, x_TI: torch.Tensor, scale_I: torch.Tensor, eps: float) -> torch.Tensor:
+    def rms_norm(
+        self,
+        x_TI: torch.Tensor,
+        scale_I: torch.Tensor,
+        eps: float,
+        residual_TI: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """By the bound."""
         y_TI = super().rms_norm(x_TI, scale_I, eps)
-        return y_TI * (1 + self._shares(y_TI) * gamma(x_TI.shape[1] / 2 + 9))
+        y_TI = y_TI * (1 + self._shares(y_TI) * gamma(x_TI.shape[-1] / 2 + 9))
+        return y_TI if residual_TI is None else residual_TI + y_TI
 
-    def gated_silu(self, gate_up_T2F: torch.Tensor) -> torch.Tensor:
+    def gated(self, gate_up_T2F: torch.Tensor, activation: Activation = "silu") -> torch.Tensor:
         """By the bound."""
-        y_TF = super().gated_silu(gate_up_T2F)
-        gate = gate_up_T2F.chunk(2, dim=-1)[0]
-        return y_TF * (1 + self._shares(y_TF) * (triton_bounds.exp_error(gate) + 4 * U))
+        y_TF = super().gated(gate_up_T2F, activation)
+        by, off = bounds.sigmoid_of(gate_up_T2F.chunk(2, dim=-1)[0], activation)
+        return y_TF * (1 + self._shares(y_TF) * (triton_bounds.exp_error(by) + off + 4 * U))
 
 
 def disturbed(file: GGUFFile, seed: int) -> list[Stage]:
@@ -149,12 +170,17 @@ def cases() -> list[dict[str, object]]:
         for name in formats
     ]
     tiny.append({"quant": "F32", "layers": 2, "tied": False, "rope_freqs": True})
+    tiny.append({"family": "qwen2", "quant": "Q4_1", "layers": 1})
+    tiny.append({"family": "qwen3", "quant": "Q8_0", "layers": 1, "head_dim": 32})
+    tiny.append(TINY_GEMMA | {"quant": "Q5_0"})
     return [*tiny, SMOLLM2 | {"quant": "Q4_1"}, GEMMA | {"quant": "Q4_K"}] if ON_GPU else tiny
 
 
-@pytest.mark.parametrize("options", cases(), ids=lambda o: f"{o['quant']}-{o['layers']}")
+@pytest.mark.parametrize(
+    "options", cases(), ids=lambda o: f"{o.get('family', 'llama')}-{o['quant']}-{o['layers']}"
+)
 def test_a_stage_gives_the_logits_and_the_tokens_of_the_cpu(options: dict[str, object]) -> None:
-    file = GGUFFile.from_bytes(tiny_llama(**options, context=512))
+    file = GGUFFile.from_bytes(tiny_model(**options, context=512))
     vocab = load_stages(file, 1, kernels="reference")[0].shape.vocab
     prompt = torch.randint(0, vocab, (PROMPT,), generator=torch.Generator().manual_seed(4)).tolist()
     cpu = load_stages(file, 1, kernels=TWIN)
@@ -173,7 +199,7 @@ def test_a_stage_gives_the_logits_and_the_tokens_of_the_cpu(options: dict[str, o
 
 def test_two_stages_and_a_batch_of_three_chunks_and_tokens() -> None:
     """Hidden states travel over a stage's border, and requests of all kinds share a batch."""
-    file = GGUFFile.from_bytes(tiny_llama(layers=2))
+    file = GGUFFile.from_bytes(tiny_model(layers=2))
     prompts = [list(range(3, 3 + count)) for count in (25, 8, 40)]
     found: dict[str, torch.Tensor] = {}
     for kernels, stages in ((TWIN, 1), ("triton", 2)):

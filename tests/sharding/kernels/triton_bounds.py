@@ -13,6 +13,7 @@ import torch
 from sharding.kernels.planes import BLOCK
 from sharding.kernels.triton_products import FEW_TOKENS
 from sharding.kernels.triton_weights import Part
+from sharding.model.arch import Activation
 from sharding.model.attention import Rows
 from sharding.model.kv_cache import LayerPages
 from tests.sharding.kernels import bounds
@@ -74,11 +75,14 @@ def exp_error(x: torch.Tensor) -> torch.Tensor:
     return (2 * x.abs() + 4) * U
 
 
-def gated_silu(gate_up_T2F: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """e^-g, an addition, a division, a product; 2^-121 where e^-g is beyond float32."""
+def gated(
+    gate_up_T2F: torch.Tensor, activation: Activation = "silu"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """e^-by, an addition, a division, a product; 2^-121 where e^-by is beyond float32."""
     gate, up = gate_up_T2F.double().chunk(2, dim=-1)
-    truth = gate * torch.sigmoid(gate) * up
-    relative = torch.expm1(exp_error(gate)) + gamma(4)
+    by, off = bounds.sigmoid_of(gate, activation)
+    truth = gate * torch.sigmoid(by) * up
+    relative = torch.expm1(exp_error(by) + off) + gamma(4)
     return truth, relative * truth.abs() + 2.0**-121 * up.abs() + TINY * (1 + up.abs())
 
 

@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 
 from sharding.batch import PAGE_SLOTS, Segment
 from sharding.gguf.reader import GGUFFile
-from sharding.model.arch import Family, ModelShape
+from sharding.kernels import HeadWeights
+from sharding.model.arch import Pairs
 from sharding.model.attention import BatchIndex, build_index
 from sharding.model.kv_cache import LayerPages
+from sharding.model.rope import Rope
 from tests.sharding.kernels.bounds import ARITHMETIC, BY_NAME
 from tests.tiny_gguf import write_gguf
 
@@ -79,23 +81,33 @@ class Heads:
     kv_heads: int
     dim: int
     rope_dims: int = 2
-    pairs: str = "adjacent"
+    pairs: Pairs = "adjacent"
 
 
-def index_of(heads: Heads, runs: Sequence[tuple[int, int, int]], slots: int) -> BatchIndex:
+def index_of(
+    heads: Heads, runs: Sequence[tuple[int, int, int]], slots: int, rotations: int = 1
+) -> BatchIndex:
     """A batch of runs (request, first position, tokens). Every request has pages for so many slots,
     those of neighbours lying criss-cross."""
     requests = 1 + max(request for request, *_ in runs)
     count = -(-slots // PAGE_SLOTS)
     tables = {r: torch.arange(count).flip(0) * requests + r for r in range(requests)}
     segments = [Segment(request, start, [0] * tokens) for request, start, tokens in runs]
-    family = Family("test", heads.pairs)
-    shape = ModelShape(
-        family, "test", 1, 1, 1, heads.heads, heads.kv_heads, heads.dim, 1, 1, 1e-5, 1e4, 1.0,
-        heads.rope_dims,
-    )  # fmt: skip
-    freqs_R = torch.linspace(1, 0.01, heads.rope_dims // 2, dtype=torch.float64)
-    return build_index(segments, tables, shape, freqs_R)
+    freqs_NR = torch.linspace(1, 0.01, rotations * heads.rope_dims // 2, dtype=torch.float64)
+    gains = tuple(1 + number / 8 for number in range(rotations))
+    return build_index(segments, tables, Rope(freqs_NR.view(rotations, -1), gains, heads.pairs))
+
+
+def own_weights(
+    heads: Heads, bias: bool, norms: bool, device: torch.device | str = "cpu"
+) -> HeadWeights:
+    """A bias, norms of about 1, and the second rotation."""
+    features = (heads.heads + 2 * heads.kv_heads) * heads.dim
+    bias_X = normal(features, seed=31).to(device) if bias else None
+    if not norms:
+        return HeadWeights(1, bias_X)
+    q_norm_D, k_norm_D = (1 + normal(heads.dim, seed=seed).to(device) / 8 for seed in (32, 33))
+    return HeadWeights(1, bias_X, q_norm_D, k_norm_D, 1e-6)
 
 
 def random_pages(heads: Heads, slots: int, requests: int = 1, seed: int = 2) -> LayerPages:
