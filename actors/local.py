@@ -84,10 +84,8 @@ class LocalStages:
 def stage_specs(model: str, planned: ModelPlan) -> list[StageSpec]:
     """One spec for each stage of a plan."""
     plan, pages = planned.plan, planned.plan.kv_tokens // PAGE_SLOTS
-    return [
-        StageSpec(model, stage.layers.start, stage.layers.stop, pages, planned.kernels)
-        for stage in plan.stages
-    ]
+    cuts = [(stage.layers.start, stage.layers.stop) for stage in plan.stages]
+    return [StageSpec(model, *cut, pages, planned.kernels, planned.stretch) for cut in cuts]
 
 
 def plan_limits(planned: ModelPlan, max_waiting: int) -> Limits:

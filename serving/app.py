@@ -58,7 +58,13 @@ class EngineReplica:
 
     def __init__(self, options: dict[str, Any]) -> None:
         config = load_config(options)
-        wanted = Wanted(config.context, config.kv_tokens, config.kernels, config.chunk)
+        wanted = Wanted(
+            config.context,
+            config.kv_tokens,
+            config.kernels,
+            config.chunk,
+            stretch=config.stretch,
+        )
         placement = PlacementConfig(
             resolve_model(config.model), config.stages, wanted, config.threads, config.max_waiting
         )
@@ -239,7 +245,7 @@ def describe_model(config: ServeConfig) -> tuple[ServedModel, Tokenizer]:
     """What the ingress must know of a model: all but its weights."""
     path = resolve_model(config.model)
     with GGUFFile.open(path) as file:
-        shape = read_shape(file.metadata)
+        shape = read_shape(file.metadata, config.stretch)
         tokenizer = Tokenizer.from_metadata(file.metadata)
         fingerprint = fingerprint_of(file.paths)
     model = ServedModel(

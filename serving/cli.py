@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +19,7 @@ import typer
 from rich.console import Console
 
 from actors.scheduler import LEAST_CHUNK
-from serving.config import MOST_CHUNK, load_config
+from serving.config import MOST_CHUNK, MOST_ROPE_SCALE, load_config, stretch_of
 from serving.fetch import MODELS, resolve_model
 from serving.fetch import fetch as fetch_model
 from serving.show import bench_heading, bench_line, plan_record, plan_table
@@ -26,7 +27,7 @@ from sharding.batch import SamplingParams
 from sharding.errors import ConfigError, DoesNotFitError, LongspanError
 from sharding.gguf.reader import GGUFFile
 from sharding.kernels import cpu_kernels
-from sharding.model.arch import read_shape
+from sharding.model.arch import ROPE_SCALINGS, Stretch, read_shape
 from sharding.model_plan import RESIDENT, Wanted, plan_model
 from sharding.planner import Device, parse_bytes
 
@@ -50,6 +51,16 @@ Chunk = Annotated[
         max=MOST_CHUNK,
         help="Most tokens of a step; default: 512 on CPUs, 4096 on GPUs.",
     ),
+]
+RopeScaling = Annotated[
+    str | None,
+    typer.Option(help="none, linear or yarn, in place of the file's; with --rope-scale."),
+]
+RopeScale = Annotated[
+    float | None, typer.Option(help="Read so many times the context it was trained for.")
+]
+YarnOrigCtx = Annotated[
+    int | None, typer.Option(help="The context it was trained for, if the file is wrong.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a line on stdout.")]
 KvDtype = Annotated[str, typer.Option(help="Type of the KV cache; fp16 is the only one yet.")]
@@ -137,6 +148,9 @@ def generate(
     context: Annotated[int | None, typer.Option(min=1, help="Most tokens in all.")] = None,
     threads: Threads = None,
     kernels: KernelSet = "auto",
+    rope_scaling: RopeScaling = None,
+    rope_scale: RopeScale = None,
+    yarn_orig_ctx: YarnOrigCtx = None,
     as_json: AsJson = False,
 ) -> None:
     """Continue a text with stages of this process."""
@@ -145,10 +159,11 @@ def generate(
     text = prompt if prompt is not None else _read_text(prompt_file or Path())
     from serving.generate import Generation, LocalModel, summary
 
+    stretch = _known_stretch(rope_scaling, rope_scale, yarn_orig_ctx)
     path = resolve_model(model, report=_say)
-    _warn_untrained(path, context)
+    _warn_untrained(path, context, stretch)
     sampling = SamplingParams(temperature=temperature, top_p=top_p, seed=seed)
-    wanted = Wanted(context, kernels=_known_kernels(kernels), contexts=1)
+    wanted = Wanted(context, kernels=_known_kernels(kernels), contexts=1, stretch=stretch)
     with LocalModel(path, stages, wanted, threads) as local:
         generation = Generation(local, text, max_tokens, sampling)
         for piece in generation.pieces():
@@ -175,6 +190,9 @@ def serve(
     chunk: Chunk = None,
     ingress_replicas: Annotated[int | None, typer.Option(help="HTTP processes.")] = None,
     kernels: KernelSet = "auto",
+    rope_scaling: RopeScaling = None,
+    rope_scale: RopeScale = None,
+    yarn_orig_ctx: YarnOrigCtx = None,
     address: Annotated[str | None, typer.Option(help="Ray cluster; default: a local one.")] = None,
 ) -> None:
     """Serve a model over HTTP through stages on Ray, until interrupted."""
@@ -194,10 +212,13 @@ def serve(
         "chunk": chunk,
         "ingress_replicas": ingress_replicas,
         "kernels": _known_kernels(kernels),
+        "rope_scaling": rope_scaling,
+        "rope_scale": rope_scale,
+        "yarn_orig_ctx": yarn_orig_ctx,
         "address": address,
     }
     config = load_config({key: value for key, value in chosen.items() if value is not None})
-    _warn_untrained(path, context)
+    _warn_untrained(path, context, config.stretch)
     serve_until_interrupted(config, err)
 
 
@@ -245,11 +266,26 @@ def _known_kernels(name: str) -> str:
     return name
 
 
-def _warn_untrained(path: Path, context: int | None) -> None:
+def _known_stretch(scaling: str | None, scale: float | None, trained: int | None) -> Stretch | None:
+    if scaling is not None and scaling not in ROPE_SCALINGS:
+        raise ConfigError(f"no rotary scaling {scaling!r}; there are: {', '.join(ROPE_SCALINGS)}")
+    if scale is not None and not 1 <= scale <= MOST_ROPE_SCALE:
+        raise ConfigError(f"--rope-scale {scale:g} is outside [1, {MOST_ROPE_SCALE}]")
+    if trained is not None and trained < 1:
+        raise ConfigError(f"--yarn-orig-ctx {trained} is below 1")
+    return stretch_of(scaling, scale, trained)
+
+
+def _warn_untrained(path: Path, context: int | None, stretch: Stretch | None = None) -> None:
     with GGUFFile.open(path) as file:
-        trained = read_shape(file.metadata).train_context
-    if context is not None and context > trained:
-        _say(f"warning: a context of {context}, but the model was trained for {trained}")
+        trained = read_shape(file.metadata, stretch).train_context
+    if context is None or context <= trained:
+        return
+    beyond = f"warning: a context of {context}, but the model was trained for {trained}"
+    if stretch is None:
+        scale = f"{math.ceil(context / trained)}"
+        beyond += f"; if its makers say so, --rope-scaling yarn --rope-scale {scale} stretches it"
+    _say(beyond)
 
 
 def _only_fp16(kv_dtype: str) -> None:

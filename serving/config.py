@@ -25,9 +25,14 @@ from pydantic import (
 
 from actors.scheduler import LEAST_CHUNK
 from sharding.errors import ConfigError
+from sharding.model.arch import Stretch
 
 MOST_CHUNK = 16384
 """A step's hidden states must fit into a frame between stages."""
+
+
+MOST_ROPE_SCALE = 1024
+"""Beyond any that a model was ever stretched by: a slip of the keyboard."""
 
 
 class ServeConfig(BaseModel):
@@ -85,6 +90,23 @@ class ServeConfig(BaseModel):
         "compiled, `reference` slow and runs anywhere; `auto` takes GPUs if there are any, else "
         "the first of the others that is built",
     )
+    rope_scaling: Literal["none", "linear", "yarn"] | None = Field(
+        default=None,
+        description="Rotary scaling in place of the file's, for contexts beyond those that the "
+        "model was trained for; with `rope_scale`",
+    )
+    rope_scale: float | None = Field(
+        default=None,
+        ge=1,
+        le=MOST_ROPE_SCALE,
+        allow_inf_nan=False,
+        description="How many times the context it was trained for a model shall read",
+    )
+    yarn_orig_ctx: int | None = Field(
+        default=None,
+        ge=1,
+        description="The context it was trained for, if the file does not say so",
+    )
     host: str = Field(
         default="127.0.0.1",
         min_length=1,
@@ -106,6 +128,11 @@ class ServeConfig(BaseModel):
         stem = Path(self.model).name.removesuffix(".gguf")
         return self.model_name or re.sub(r"-00001-of-\d{5}$", "", stem)
 
+    @property
+    def stretch(self) -> Stretch | None:
+        """The rotary scaling that was asked for."""
+        return stretch_of(self.rope_scaling, self.rope_scale, self.yarn_orig_ctx)
+
     @field_validator("*", mode="before")
     @classmethod
     def _refuse_truth_values(cls, value: object) -> object:
@@ -122,6 +149,31 @@ class ServeConfig(BaseModel):
                 f"the full context could run; raise kv_tokens or lower context"
             )
         return self
+
+    @model_validator(mode="after")
+    def _scaling_is_whole(self) -> Self:
+        try:
+            stretch_of(self.rope_scaling, self.rope_scale, self.yarn_orig_ctx)
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        return self
+
+
+def stretch_of(scaling: str | None, scale: float | None, trained: int | None) -> Stretch | None:
+    """The rotary scaling that options ask for, None if they ask for none in place of the file's.
+    Raises `ConfigError` for options that do not go together."""
+    if scaling is None:
+        if scale is not None or trained is not None:
+            given = "rope_scale" if scale is not None else "yarn_orig_ctx"
+            raise ConfigError(f"{given} needs rope_scaling: linear or yarn")
+        return None
+    if scaling == "none":
+        if scale is not None:
+            raise ConfigError("rope_scale goes with rope_scaling linear or yarn, not none")
+        return Stretch("none", 1.0, trained)
+    if scale is None:
+        raise ConfigError(f"rope_scaling {scaling} needs rope_scale, such as 4")
+    return Stretch(scaling, scale, trained)
 
 
 def load_config(mapping: object) -> ServeConfig:

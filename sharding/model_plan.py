@@ -22,7 +22,7 @@ from sharding.errors import ConfigError
 from sharding.gguf.reader import GGUFFile, TensorInfo
 from sharding.kernels import cpu_kernels
 from sharding.kernels.planes import planes_resident
-from sharding.model.arch import read_shape
+from sharding.model.arch import Stretch, read_shape
 from sharding.model.tensors import check_tensors
 from sharding.planner import Device, Plan, largest_context, make_plan
 
@@ -47,7 +47,7 @@ class ModelPlan:
     """A plan whose `plan.kv_tokens` serve requests of up to `context` tokens each.
 
     `kernels`: the kernel set that it counts on, on every device. `chunk`: most tokens of a step.
-    `even_depth`: see `sharding.cost`.
+    `even_depth`: see `sharding.cost`. `stretch`: what was wanted.
     """
 
     plan: Plan
@@ -57,6 +57,7 @@ class ModelPlan:
     kernels: str
     chunk: int
     even_depth: int
+    stretch: Stretch | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ class Wanted:
     """What a user asked for; None leaves it to the model and the memory.
 
     `contexts`: how many of them the KV holds, if memory allows, where `kv_tokens` is None.
-    `kernels` "auto" is a CPU's set here; whoever can look for GPUs decides before.
+    `kernels` "auto" is a CPU's set here; whoever can look for GPUs decides before. `stretch`:
+    rotary scaling in place of the file's.
     """
 
     context: int | None = None
@@ -72,6 +74,7 @@ class Wanted:
     kernels: str = "auto"
     chunk: int | None = None
     contexts: int = CONTEXTS_HELD
+    stretch: Stretch | None = None
 
 
 def plan_model(file: GGUFFile, devices: Sequence[Device], wanted: Wanted) -> ModelPlan:
@@ -81,7 +84,7 @@ def plan_model(file: GGUFFile, devices: Sequence[Device], wanted: Wanted) -> Mod
     `wanted.contexts` of them, or what fits. Raises `DoesNotFitError` with the largest context that
     would, `ModelFileError`.
     """
-    shape = read_shape(file.metadata)
+    shape = read_shape(file.metadata, wanted.stretch)
     check_tensors(file, shape)
     kernels = cpu_kernels() if wanted.kernels == "auto" else wanted.kernels
     chunk = wanted.chunk or CHUNKS[kernels]
@@ -97,4 +100,13 @@ def plan_model(file: GGUFFile, devices: Sequence[Device], wanted: Wanted) -> Mod
             "raise it or lower the context"
         )
     plan = make_plan(costs, devices, kv_tokens, chunk)
-    return ModelPlan(plan, context, largest, shape.train_context, kernels, chunk, even_depth(shape))
+    return ModelPlan(
+        plan,
+        context,
+        largest,
+        shape.train_context,
+        kernels,
+        chunk,
+        even_depth(shape),
+        wanted.stretch,
+    )

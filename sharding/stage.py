@@ -91,7 +91,7 @@ class Stage:
 
     def _load(self, spec: StageSpec, file: GGUFFile, report: Callable[[float], None]) -> None:
         self.spec = spec
-        self.shape = read_shape(file.metadata)
+        self.shape = read_shape(file.metadata, spec.stretch)
         check_tensors(file, self.shape)
         self.kernels: Kernels = load_kernels(spec.kernels)
         factors = load_vector(file, ROPE_FACTORS) if ROPE_FACTORS in file.tensors else None

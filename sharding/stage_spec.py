@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sharding.model.arch import Stretch
+
 
 @dataclass(frozen=True)
 class StageSpec:
-    """Layers `[start, stop)` of the model file `model`, and so many KV pages."""
+    """Layers `[start, stop)` of the model file `model`, and so many KV pages. `stretch`: see
+    `sharding.model.arch`."""
 
     model: str
     start: int
     stop: int
     pages: int
     kernels: str
+    stretch: Stretch | None = None

@@ -13,7 +13,7 @@ from actors.local import LocalStages
 from actors.request import Event, GenerateRequest
 from sharding.batch import Batch, Opened, SamplingParams, Segment
 from sharding.gguf.reader import GGUFFile
-from sharding.model.arch import read_shape
+from sharding.model.arch import Stretch, read_shape
 from sharding.model_plan import Wanted, plan_model
 from sharding.planner import Device
 from sharding.stage import Stage
@@ -23,12 +23,19 @@ GREEDY = SamplingParams(temperature=0.0)
 _steps = count()
 
 
-def load_stages(file: GGUFFile, stages: int, pages: int = 64, kernels: str = "cpu") -> list[Stage]:
+def load_stages(
+    file: GGUFFile,
+    stages: int,
+    pages: int = 64,
+    kernels: str = "cpu",
+    stretch: Stretch | None = None,
+) -> list[Stage]:
     """The model in so many stages of about equally many layers."""
     layers = read_shape(file.metadata).layers
     borders = [layers * number // stages for number in range(stages + 1)]
     name = str(file.paths[0])
-    return [Stage(StageSpec(name, *border, pages, kernels), file) for border in pairwise(borders)]
+    specs = [StageSpec(name, *border, pages, kernels, stretch) for border in pairwise(borders)]
+    return [Stage(spec, file) for spec in specs]
 
 
 def open_request(stages: Sequence[Stage], request: int, pages: Sequence[int]) -> None:

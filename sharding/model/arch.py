@@ -75,6 +75,34 @@ class Rotation:
     yarn: Yarn | None = None
 
 
+ROPE_SCALINGS = ("none", "linear", "yarn")
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Rotary scaling that a user wants in place of the file's: a model trained on `trained` tokens
+    (None for those that the file says) reads `factor` times as many. `scaling` is one of
+    `ROPE_SCALINGS`."""
+
+    scaling: str
+    factor: float = 1.0
+    trained: int | None = None
+
+    def onto(self, metadata: Metadata, prefix: str) -> Metadata:
+        """The metadata, as if the file had asked for it."""
+        original = f"{prefix}.rope.scaling.original_context_length"
+        context = f"{prefix}.context_length"
+        trained = self.trained or metadata.get(original) or metadata.get(context)
+        changed = dict(metadata)
+        changed.pop(f"{prefix}.rope.scale_linear", None)
+        changed[f"{prefix}.rope.scaling.type"] = self.scaling
+        changed[f"{prefix}.rope.scaling.factor"] = self.factor
+        if isinstance(trained, int):  # else the file is broken, and is told so
+            changed[original] = trained
+            changed[context] = int(trained * self.factor)
+        return changed
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """Sizes of a decoder. `rope_dims` of each head rotate; `train_context` is advisory.
@@ -184,14 +212,16 @@ class _Reader:
         return float(value)
 
 
-def read_shape(metadata: Metadata) -> ModelShape:
-    """Read a model's shape from GGUF metadata.
+def read_shape(metadata: Metadata, stretch: Stretch | None = None) -> ModelShape:
+    """Read a model's shape from GGUF metadata, with a user's rotary scaling if there is one.
 
     Raises `UnsupportedModelError` for an architecture, scaling or expert mixture that is not
     computed here, and `CorruptFileError` for missing or impossible sizes. Keys: the GGUF
     specification's `[llm]` section.
     """
     family = _family(metadata)
+    if stretch is not None:
+        metadata = stretch.onto(metadata, family.name)
     read = _Reader(metadata, family.name)
     if read.whole("expert_count", 0, least=0) > 0:
         raise UnsupportedModelError(f"{family.name} with a mixture of experts is not supported")
@@ -289,9 +319,10 @@ def _scaling(read: _Reader) -> tuple[float, Yarn | None]:
     kind = read.metadata.get(f"{read.prefix}.rope.scaling.type", "linear")
     if kind == "none":
         return 1.0, None
-    if kind not in ("linear", "yarn"):
+    if kind not in ROPE_SCALINGS:
         raise UnsupportedModelError(
-            f"rotary scaling of type {kind!r:.60} is not supported; supported: none, linear, yarn"
+            f"rotary scaling of type {kind!r:.60} is not supported; supported: "
+            f"{', '.join(ROPE_SCALINGS)}"
         )
     keys = ("rope.scaling.factor", "rope.scale_linear")
     given = [key for key in keys if read.metadata.get(f"{read.prefix}.{key}", 0) != 0]

@@ -143,6 +143,12 @@ WRONG = {
     "a cluster that is not there": (
         ["serve", "MODEL", "--address", "127.0.0.1:1"], 2, "no Ray cluster answers at 127.0.0.1:1",
     ),
+    "half a scaling": (
+        ["generate", "MODEL", "--prompt", "x", "--rope-scaling", "yarn"], 2, "needs rope_scale",
+    ),
+    "a scaling of the future": (
+        ["serve", "MODEL", "--rope-scaling", "longrope", "--rope-scale", "4"], 2, "rope_scaling",
+    ),
     "a KV type of the future": (
         ["plan", "MODEL", "--context", "1", "--device", "1GiB", "--kv-dtype", "int8"], 2, "fp16",
     ),
@@ -164,8 +170,20 @@ def test_a_context_beyond_the_training_is_warned_of(model: Path) -> None:
     done = longspan("plan", model, "--context", 1000, "--device", "1GiB", "--json")
     assert done.returncode == 0
     assert "1000" in done.stderr
-    assert "trained for 512" in done.stderr
+    assert (
+        "trained for 512; if its makers say so, --rope-scaling yarn --rope-scale 2" in done.stderr
+    )
     assert json.loads(done.stdout)["train_context"] == 512
+
+
+def test_a_stretched_model_reads_on_without_a_warning(model: Path) -> None:
+    scaled = ("--rope-scaling", "yarn", "--rope-scale", 2)
+    asked = ("--prompt", "Hello world", "--max-tokens", 8, "--context", 1000)
+    done = longspan("generate", model, *asked, *scaled, "--json")
+    assert (done.returncode, "warning" in done.stderr) == (0, False), done.stderr
+    plain = longspan("generate", model, *asked, "--json")
+    assert "warning" in plain.stderr
+    assert len(json.loads(done.stdout)["token_ids"]) == len(json.loads(plain.stdout)["token_ids"])
 
 
 def test_a_damaged_model_is_refused(model: Path, tmp_path: Path) -> None:

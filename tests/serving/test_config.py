@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from serving.config import ServeConfig, load_config
 from sharding.errors import ConfigError
+from sharding.model.arch import Stretch
 
 
 def _complaint(**options: object) -> str:
@@ -68,6 +69,10 @@ def test_every_mistake_has_its_line() -> None:
         ("port", 65536),
         ("host", ""),
         ("kernels", "warp"),
+        ("rope_scaling", "ntk"),
+        ("rope_scale", 0.5),
+        ("rope_scale", float("nan")),
+        ("yarn_orig_ctx", 0),
     ],
 )
 def test_a_value_out_of_range_is_refused_with_key_and_value(key: str, value: object) -> None:
@@ -85,6 +90,25 @@ def test_kv_below_the_context_is_refused_with_both_numbers() -> None:
     complaint = _complaint(model="smollm2", context=4096, kv_tokens=2048)
     assert "2048" in complaint
     assert "4096" in complaint
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"rope_scale": 4}, "rope_scale needs rope_scaling: linear or yarn"),
+        ({"yarn_orig_ctx": 4096}, "yarn_orig_ctx needs rope_scaling"),
+        ({"rope_scaling": "yarn"}, "rope_scaling yarn needs rope_scale, such as 4"),
+        ({"rope_scaling": "none", "rope_scale": 4}, "goes with rope_scaling linear or yarn"),
+    ],
+)
+def test_half_a_rotary_scaling_is_refused(options: dict[str, object], complaint: str) -> None:
+    assert complaint in _complaint(model="smollm2", **options)
+
+
+def test_a_rotary_scaling_is_what_was_asked_for() -> None:
+    options = {"model": "smollm2", "rope_scaling": "yarn", "rope_scale": "4"}
+    assert load_config(options).stretch == Stretch("yarn", 4.0)
+    assert load_config({"model": "smollm2"}).stretch is None
 
 
 @pytest.mark.parametrize("options", [None, "smollm2", ["model", "smollm2"]])

@@ -13,6 +13,7 @@ from sharding.errors import CorruptFileError, DoesNotFitError, StageError, Unsup
 from sharding.gguf.reader import GGUFFile
 from sharding.kernels import use_threads
 from sharding.kernels.cpu import CPULayers
+from sharding.model.arch import Stretch, read_shape
 from tests.stages import GREEDY, chunked_logits, load_stages, logits, open_request
 from tests.tiny_gguf import tiny_model
 
@@ -253,6 +254,39 @@ def test_a_rotary_scale_of_0_is_none(key: str) -> None:
     tokens = tokens_for(200, 20)
     expected = chunked_logits(load_stages(plain, 1), tokens, 20)
     assert torch.equal(chunked_logits(load_stages(unscaled, 1), tokens, 20), expected)
+
+
+def test_a_stretch_is_as_if_the_file_had_asked_for_it() -> None:
+    """Files seldom say how far their model may be stretched; users do."""
+    asked = {"type": "yarn", "factor": 4.0, "original_context_length": 64}
+    keys: dict[str, object] = {f"llama.rope.scaling.{key}": value for key, value in asked.items()}
+    plain, stretched = tiny(context=64), tiny(context=256, extra_metadata=keys)
+    tokens = tokens_for(200, 20)
+    expected = chunked_logits(load_stages(stretched, 1), tokens, 20)
+    found = chunked_logits(load_stages(plain, 2, stretch=Stretch("yarn", 4.0)), tokens, 20)
+    assert torch.equal(found, expected)
+    unstretched = chunked_logits(load_stages(plain, 1), tokens, 20)
+    assert not torch.allclose(unstretched, expected)
+    found = chunked_logits(load_stages(stretched, 1, stretch=Stretch("none")), tokens, 20)
+    assert torch.equal(found, unstretched)
+
+
+@pytest.mark.parametrize(
+    ("keys", "stretch", "context"),
+    [
+        ({}, Stretch("yarn", 4.0), 1024),
+        ({}, Stretch("linear", 1.5, 100), 150),
+        ({"rope.scaling.original_context_length": 64}, Stretch("yarn", 8.0), 512),
+        ({"rope.scaling.original_context_length": 64}, Stretch("none"), 64),
+        ({"rope.scale_linear": 2.0}, Stretch("yarn", 2.0), 512),
+    ],
+)
+def test_a_stretched_model_has_a_longer_context(
+    keys: dict[str, object], stretch: Stretch, context: int
+) -> None:
+    named = {f"llama.{key}": value for key, value in keys.items()}
+    file = tiny(context=256, extra_metadata=named)
+    assert read_shape(file.metadata, stretch).train_context == context
 
 
 ELSEWHERE = [
