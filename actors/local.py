@@ -84,8 +84,18 @@ class LocalStages:
 def stage_specs(model: str, planned: ModelPlan) -> list[StageSpec]:
     """One spec for each stage of a plan."""
     plan, pages = planned.plan, planned.plan.kv_tokens // PAGE_SLOTS
-    cuts = [(stage.layers.start, stage.layers.stop) for stage in plan.stages]
-    return [StageSpec(model, *cut, pages, planned.kernels, planned.stretch) for cut in cuts]
+    return [
+        StageSpec(
+            model,
+            stage.layers.start,
+            stage.layers.stop,
+            pages,
+            planned.kernels,
+            planned.stretch,
+            plan.window_pages,
+        )
+        for stage in plan.stages
+    ]
 
 
 def plan_limits(planned: ModelPlan, max_waiting: int) -> Limits:
@@ -97,6 +107,8 @@ def plan_limits(planned: ModelPlan, max_waiting: int) -> Limits:
         max_waiting=max_waiting,
         chunk=planned.chunk,
         even_depth=planned.even_depth,
+        window_pages=planned.plan.window_pages,
+        ring=planned.plan.ring_pages,
     )
 
 

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from actors.pages import PagePool, pages_for
+from actors.pages import PagePools
 from actors.request import LENGTH, STOP, Event, GenerateRequest, Sink
 from sharding.batch import (
     CHUNK,
@@ -78,7 +78,7 @@ class _Running:
 class Limits:
     """`context`: tokens of one request. `pages`: KV of all. `in_flight`: groups of decodes.
     `chunk`: tokens of a step. `even_depth`: where a prompt's token takes twice as long as at its
-    beginning."""
+    beginning. `window_pages`, `ring`: see `PagePools`."""
 
     context: int
     pages: int
@@ -86,6 +86,8 @@ class Limits:
     max_waiting: int = 256
     chunk: int = CHUNK
     even_depth: int = 1 << 62
+    window_pages: int = 0
+    ring: int = 0
 
     @property
     def most_tokens(self) -> int:
@@ -98,7 +100,7 @@ class Scheduler:
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self.pool = PagePool(limits.pages)
+        self.pool = PagePools(limits.pages, limits.window_pages, limits.ring)
         self.steps = 0
         self.prompt_tokens = 0
         self.drawn_tokens = 0
@@ -142,8 +144,7 @@ class Scheduler:
     def _all_fit(self, tokens: int) -> bool:
         """Whether those who wait only do until the next step, and so would one of so many tokens:
         there is memory for all."""
-        pages = sum(pages_for(entry.tokens) for entry in self._waiting)
-        return pages + pages_for(tokens) <= self.pool.free
+        return self.pool.fit([*(entry.tokens for entry in self._waiting), tokens])
 
     def cancel(self, request_id: str) -> None:
         """Forget a request and free its pages on every stage; unknown ids are fine."""
@@ -192,15 +193,17 @@ class Scheduler:
             if first is not None and max(first.passed, tried) >= MOST_PASSING:
                 break
             prompt = entry.request.prompt
-            pages = self.pool.reserve(entry.number, entry.tokens)
-            if pages is None:
+            reserved = self.pool.reserve(entry.number, entry.tokens)
+            if reserved is None:
                 first, tried = first or entry, tried + 1
                 continue
             if first is not None:
                 first.passed += 1
             self._waiting.remove(entry)
             self._running[entry.number] = entry
-            opened.append(Opened(entry.number, pages, len(prompt), entry.request.sampling))
+            pages, window_pages = reserved.pages, reserved.window_pages
+            sampling = entry.request.sampling
+            opened.append(Opened(entry.number, pages, len(prompt), sampling, window_pages))
         return opened
 
     def _decode_segments(self) -> list[Segment]:
@@ -312,7 +315,7 @@ class Scheduler:
         self.pool.check_integrity()
         assert len(self._entries) == len(self._running) + len(self._waiting)
         if not self._running:
-            assert self.pool.free == self.pool.pages, "pages without an owner"
+            assert self.pool.idle, "pages without an owner"
 
 
 def _chunk(entry: _Running, tokens: int) -> Segment:

@@ -37,7 +37,7 @@ _RUNS = 3
 
 def rates(ready: ReadyPipeline, size: Size, context: int) -> tuple[float, float]:
     """Prefill and decode, tokens a second."""
-    bencher = Bencher(ready.pipeline, size.vocab, ready.limits.chunk)
+    bencher = Bencher(ready.pipeline, size.vocab, ready.limits)
     filled = context - size.decoded - 1
     prefill = bencher.run(BenchCase(0, prompt=filled), _RUNS)
     decode = bencher.run(BenchCase(filled, tokens=size.decoded), _RUNS)

@@ -66,7 +66,7 @@ def packed_copies(kernels: Kernels, format: str, shape: Shape) -> tuple[Weight, 
 def filled_layers(count: int, heads: Heads, slots: int) -> list[LayerPages]:
     """KV pages of so many layers, with random values from 0.5 to 1 of either sign."""
     _, groups, dim = heads
-    layers = PageStore(count, _pages(slots), groups, dim).layers
+    layers = PageStore([_pages(slots)] * count, groups, dim).layers
     rng = np.random.default_rng(0)
     for tensor in (tensor for layer in layers for tensor in (layer.k_PGDS, layer.v_PGSD)):
         bits = rng.integers(0, 1 << 16, tuple(tensor.shape), np.uint16)

@@ -35,10 +35,13 @@ def _step(pipeline: Pipeline, batch: Batch) -> Result:
     return result
 
 
-def _decode(pipeline: Pipeline, depth: int, steps: int) -> tuple[list[float], list[float]]:
+def _decode(
+    pipeline: Pipeline, ring: int, depth: int, steps: int
+) -> tuple[list[float], list[float]]:
     """Wall seconds and stages' own seconds of each step."""
     pages = list(range(pages_for(depth + steps)))
-    _step(pipeline, Batch(0, opened=[Opened(1, pages, depth, SamplingParams(temperature=0.0))]))
+    opened = Opened(1, pages, depth, SamplingParams(temperature=0.0), pages[:ring])
+    _step(pipeline, Batch(0, opened=[opened]))
     _step(pipeline, Batch(1, segments=[Segment(1, 0, [5] * depth)]))
     wall, own = [], []
     for number in range(steps):
@@ -65,7 +68,7 @@ def main(
     source = RayStages(PlacementConfig(path, stages, Wanted(context, context)))
     try:
         opened = source.open(lambda share, detail: None)
-        wall, own = _decode(opened.pipeline, depth, steps + _WARM_UP)
+        wall, own = _decode(opened.pipeline, opened.limits.ring, depth, steps + _WARM_UP)
         opened.pipeline.close()
     finally:
         source.close()

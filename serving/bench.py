@@ -17,6 +17,7 @@ from itertools import count
 
 from actors.pages import pages_for
 from actors.pipeline import Pipeline
+from actors.scheduler import Limits
 from sharding.batch import Batch, Opened, SamplingParams, Segment
 from sharding.errors import ConfigError, StageError
 
@@ -56,10 +57,11 @@ class BenchRow:
 class Bencher:
     """Runs cases over a pipeline that nobody else uses."""
 
-    def __init__(self, pipeline: Pipeline, vocab: int, chunk: int) -> None:
+    def __init__(self, pipeline: Pipeline, vocab: int, limits: Limits) -> None:
         self._pipeline = pipeline
         self._vocab = vocab
-        self._chunk = chunk
+        self._chunk = limits.chunk
+        self._ring = limits.ring
         self._steps = count()
         self._requests = count(1)
         self._random = random.Random(0)
@@ -73,7 +75,7 @@ class Bencher:
     def _rate(self, case: BenchCase) -> float:
         request = next(self._requests)
         pages = list(range(pages_for(case.context)))
-        opened = Opened(request, pages, case.context, _GREEDY)
+        opened = Opened(request, pages, case.context, _GREEDY, pages[: self._ring])
         self._step(Batch(next(self._steps), opened=[opened]))
         depth = case.depth or (1 if case.tokens else 0)
         self._prefill(request, 0, depth)

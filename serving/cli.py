@@ -248,7 +248,7 @@ def bench(
     with LocalModel(path, stages, wanted, threads) as local:
         if not as_json:
             typer.echo(bench_heading())
-        bencher = Bencher(local.pipeline, local.vocab, local.chunk)
+        bencher = Bencher(local.pipeline, local.vocab, local.limits)
         for case in cases:
             typer.echo(bench_line(bencher.run(case, runs), local, as_json))
 

@@ -14,7 +14,7 @@ from typing import Any, Self
 import msgspec
 
 from actors.engine import Engine
-from actors.local import LocalStages
+from actors.local import LocalStages, plan_limits
 from actors.pipeline import LocalPipeline
 from actors.request import GenerateRequest
 from sharding.batch import SamplingParams
@@ -46,7 +46,8 @@ class LocalModel:
             planned = plan_model(file, devices, wanted)
             self.vocab = read_shape(file.metadata).vocab
             self.tokenizer = Tokenizer.from_metadata(file.metadata)
-        self.context, self.kernels, self.chunk = planned.context, planned.kernels, planned.chunk
+        self.context, self.kernels = planned.context, planned.kernels
+        self.limits = plan_limits(planned, max_waiting=1)
         use_threads(self.threads, self.kernels)
         self._source = LocalStages(path, planned)
         self.engine = Engine(self._source)

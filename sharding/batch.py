@@ -47,12 +47,17 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Opened(msgspec.Struct, frozen=True):
-    """A request enters the stages: its page table for prompt and answer, reserved as a whole."""
+    """A request enters the stages: its page table for prompt and answer, reserved as a whole.
+
+    `window_pages`: where layers with a window have pages of their own, those of this request, which
+    its tokens fill in turn: what falls out of the window is written over.
+    """
 
     request: int
     pages: list[int]
     prompt_tokens: int
     sampling: SamplingParams
+    window_pages: list[int] = []
 
 
 class Segment(msgspec.Struct, frozen=True):

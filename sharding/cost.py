@@ -184,10 +184,13 @@ def _required(layers: int) -> list[str]:
 
 
 def even_depth(shape: ModelShape) -> int:
-    """How deep a token has as many products with keys and values as with its layer's matrices:
-    there it takes about twice as long as at the beginning."""
+    """How deep a token has as many products with keys and values as with all layers' matrices:
+    there it takes about twice as long as at the beginning. What layers with a window see does not
+    grow, so they do not count."""
     attention = 2 * shape.q_features + 2 * shape.kv_features
-    return shape.hidden * (attention + 3 * shape.ffn) // (2 * shape.q_features)
+    growing = shape.layers - shape.windows_within(0, shape.layers)
+    matrices = shape.layers * shape.hidden * (attention + 3 * shape.ffn)
+    return matrices // (growing * 2 * shape.q_features)
 
 
 def activation_bytes(

@@ -17,6 +17,7 @@ from math import inf, lcm
 from sharding.batch import CHUNK, PAGE_SLOTS
 from sharding.cost import ModelCosts, activation_bytes, buffer_bytes
 from sharding.errors import ConfigError, DoesNotFitError
+from sharding.model.arch import ModelShape
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,18 @@ class StagePlan:
 @dataclass(frozen=True)
 class Plan:
     """Stages in the order of their layers. `context`: tokens of KV that were asked for;
-    `kv_tokens`: the same in whole pages of `page_slots`, which every stage holds for its layers."""
+    `kv_tokens`: the same in whole pages of `page_slots`, which every stage holds for its layers.
+
+    `window_pages`: what layers with a window hold instead, if others see all; a request takes at
+    most `ring_pages` of them. 0 where there are no such layers.
+    """
 
     stages: tuple[StagePlan, ...]
     context: int
     kv_tokens: int
     page_slots: int
+    window_pages: int = 0
+    ring_pages: int = 0
 
     @property
     def pages(self) -> int:
@@ -102,7 +109,8 @@ def largest_context(costs: ModelCosts, devices: Sequence[Device], chunk_tokens: 
     Raises `ConfigError` as `make_plan` does.
     """
     _check(costs, devices, chunk_tokens)
-    page_bytes = PAGE_SLOTS * costs.layers * costs.kv_bytes_per_token_per_layer
+    whole = costs.layers - costs.shape.windows_within(0, costs.layers)
+    page_bytes = PAGE_SLOTS * whole * costs.kv_bytes_per_token_per_layer
     fits, too_many = 0, sum(device.free_bytes for device in devices) // page_bytes + 1
     while too_many - fits > 1:
         middle = (fits + too_many) // 2
@@ -128,6 +136,23 @@ def _check(costs: ModelCosts, devices: Sequence[Device], chunk_tokens: int) -> N
         raise ConfigError(f"chunks of {chunk_tokens} tokens were asked for; at least 1 is needed")
 
 
+_WINDOW_SHARE = 4
+"""Layers with a window hold one page for so many of the others, but at least what one request
+needs. Short requests fill them first: what these pages spare holds more long ones."""
+
+
+def ring_pages(shape: ModelShape, chunk_tokens: int) -> int:
+    """Pages of a request in layers with a window: they hold what the first token of the longest
+    chunk sees and the chunk. 0 for a model without such layers beside others."""
+    slots = shape.window + chunk_tokens - 1
+    return -(-slots // PAGE_SLOTS) if shape.mixes_windows else 0
+
+
+def window_pages(ring: int, pages: int) -> int:
+    """What layers with a window hold where the others hold so many pages."""
+    return min(pages, max(ring, -(-pages // _WINDOW_SHARE))) if ring else 0
+
+
 class _Demand:
     """What stages of a model need for a given context. A stage's bytes only grow when it gains a
     layer at either end: both searches below rely on it."""
@@ -137,16 +162,20 @@ class _Demand:
         self.context = context
         self.kv_tokens = -(-context // PAGE_SLOTS) * PAGE_SLOTS
         self.chunk_tokens = chunk_tokens
+        self.ring_pages = ring_pages(costs.shape, chunk_tokens)
+        self.window_pages = window_pages(self.ring_pages, self.kv_tokens // PAGE_SLOTS)
         self.total_bytes = cache(self._total_bytes)
 
     def stage(self, device: Device, start: int, stop: int) -> StagePlan:
         costs, last = self.costs, stop == self.costs.layers
-        layer_kv_bytes = self.kv_tokens * costs.kv_bytes_per_token_per_layer
+        windows = costs.shape.windows_within(start, stop)
+        slots = (stop - start - windows) * self.kv_tokens
+        slots += windows * self.window_pages * PAGE_SLOTS
         return StagePlan(
             device=device,
             layers=range(start, stop),
             weights_bytes=costs.weights_bytes(start, stop),
-            kv_bytes=(stop - start) * layer_kv_bytes,
+            kv_bytes=slots * costs.kv_bytes_per_token_per_layer,
             activation_bytes=activation_bytes(
                 costs.shape,
                 self.chunk_tokens,
@@ -181,7 +210,14 @@ def _best(demand: _Demand, devices: Sequence[Device], most_work: float = inf) ->
         best = {start: split for start, split in found if split is not None}
     starts_of = best[0][1]
     stages = map(demand.stage, devices, starts_of, (*starts_of[1:], layers))
-    return Plan(tuple(stages), demand.context, demand.kv_tokens, PAGE_SLOTS)
+    return Plan(
+        tuple(stages),
+        demand.context,
+        demand.kv_tokens,
+        PAGE_SLOTS,
+        demand.window_pages,
+        demand.ring_pages,
+    )
 
 
 def _best_from(

@@ -21,7 +21,7 @@ from sharding.errors import DoesNotFitError, StageError
 from sharding.gguf.reader import GGUFFile
 from sharding.kernels import BlockWeights, Kernels, Weight, load_kernels
 from sharding.model.arch import read_shape
-from sharding.model.attention import build_index
+from sharding.model.attention import BatchIndex, build_index
 from sharding.model.block import load_block
 from sharding.model.kv_cache import PageStore
 from sharding.model.rope import rope_of
@@ -35,11 +35,13 @@ from sharding.stage_spec import StageSpec
 class _Open:
     """A request on this stage; the last stage also has its sampling history if it needs one.
 
-    `pages_exist`: whether every page of the table is one that this stage has.
+    `window_table`: of layers with a window, None if they share the others' pages. `pages_exist`:
+    whether every page of the tables is one that this stage has.
     """
 
     opened: Opened
     table: torch.Tensor
+    window_table: torch.Tensor | None
     pages_exist: bool
     history: History | None = None
 
@@ -103,13 +105,7 @@ class Stage:
             self._output = load_head(file, self.kernels, self._embedding)
             self._output_norm_I = load_vector(file, OUTPUT_NORM).to(self.kernels.device)
             self._head = self.kernels.head(self._output_norm_I, self.shape.norm_eps, self._output)
-        self._pages = PageStore(
-            len(self._blocks),
-            spec.pages,
-            self.shape.kv_heads,
-            self.shape.head_dim,
-            self.kernels.device,
-        )
+        self._pages = self._make_pages()
         self._layers = self.kernels.layers(self._blocks, self._pages.layers)
         self._open: dict[int, _Open] = {}
         self._on_host = self.kernels.device.type == "cpu"
@@ -117,6 +113,15 @@ class Stage:
         self.lost = False
         """Whether its device failed: no later batch can be computed in this process."""
         report(1.0)
+
+    def _make_pages(self) -> PageStore:
+        spec, shape, mixed = self.spec, self.shape, self.shape.mixes_windows
+        layers = range(spec.start, spec.stop)
+        counts = [
+            spec.window_pages if mixed and shape.window_of(layer) else spec.pages
+            for layer in layers
+        ]
+        return PageStore(counts, shape.kv_heads, shape.head_dim, self.kernels.device)
 
     def _load_blocks(
         self, file: GGUFFile, report: Callable[[float], None]
@@ -182,12 +187,17 @@ class Stage:
         for request in batch.closed:
             self._open.pop(request, None)
         for opened in batch.opened:
-            entry = _Open(
-                opened,
-                torch.tensor(opened.pages, dtype=torch.int64),
-                all(0 <= page < self.spec.pages for page in opened.pages),
-            )
-            self._open[opened.request] = entry
+            self._open[opened.request] = self._opened(opened)
+
+    def _opened(self, opened: Opened) -> _Open:
+        exist = all(0 <= page < self.spec.pages for page in opened.pages)
+        table = torch.tensor(opened.pages, dtype=torch.int64)
+        if not self.shape.mixes_windows:
+            return _Open(opened, table, None, exist)
+        ring = torch.tensor(opened.window_pages, dtype=torch.int64)
+        exist &= all(0 <= page < self.spec.window_pages for page in opened.window_pages)
+        turns = -(-len(table) // max(1, len(ring)))
+        return _Open(opened, table, ring.repeat(turns)[: len(table)], exist)
 
     def hidden(
         self, batch: Batch, hidden_TI: torch.Tensor | None, wanted: Sequence[int] | None = None
@@ -195,8 +205,7 @@ class Stage:
         """Hidden states `[T, I]` after this stage's layers, of rows `wanted` or of all; writes the
         batch's KV."""
         self._check(batch)
-        tables = {segment.request: self._open[segment.request].table for segment in batch.segments}
-        index = build_index(batch.segments, tables, self._rope)
+        index = self._index(batch)
         if self._embedding is not None:
             hidden_TI = self._embed(batch, self._embedding)
         if hidden_TI is None or hidden_TI.shape != (batch.n_tokens, self.shape.hidden):
@@ -205,6 +214,18 @@ class Stage:
         if not self._on_host:
             hidden_TI, index = hidden_TI.to(self.kernels.device), index.to(self.kernels.device)
         return self._layers.run(hidden_TI, index, wanted)
+
+    def _index(self, batch: Batch) -> BatchIndex:
+        opened = {segment.request: self._open[segment.request] for segment in batch.segments}
+        tables = {request: entry.table for request, entry in opened.items()}
+        if not self.shape.mixes_windows:
+            return build_index(batch.segments, tables, self._rope)
+        rings = {
+            request: entry.window_table
+            for request, entry in opened.items()
+            if entry.window_table is not None
+        }
+        return build_index(batch.segments, tables, self._rope, rings)
 
     def _embed(self, batch: Batch, embedding: Weight) -> torch.Tensor:
         """Into the same tensor as long as batches have as many tokens: the next stage's edge knows
@@ -234,11 +255,26 @@ class Stage:
             room, stop = len(entry.opened.pages) * PAGE_SLOTS, segment.start + len(segment.tokens)
             if stop > room:
                 raise StageError(f"request {segment.request}: position {stop} of {room} reserved")
+            self._check_window(entry, segment)
             named = (*segment.tokens, *segment.targets)
             if not 0 <= min(named) <= max(named) < self.shape.vocab:
                 raise StageError(
                     f"request {segment.request}: a token id outside [0, {self.shape.vocab})"
                 )
+
+    def _check_window(self, entry: _Open, segment: Segment) -> None:
+        """Its tokens must not be written over what the first of them still sees."""
+        if entry.window_table is None:
+            return
+        room, stop = (
+            len(entry.opened.window_pages) * PAGE_SLOTS,
+            segment.start + len(segment.tokens),
+        )
+        if min(stop, len(segment.tokens) + self.shape.window - 1) > room:
+            raise StageError(
+                f"request {segment.request}: {len(segment.tokens)} tokens and a window of "
+                f"{self.shape.window} in {room} slots"
+            )
 
     def _wanted(self, batch: Batch) -> list[int] | None:
         """The rows that results are made from, None for all of them: of a prompt only the last

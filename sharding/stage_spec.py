@@ -9,8 +9,11 @@ from sharding.model.arch import Stretch
 
 @dataclass(frozen=True)
 class StageSpec:
-    """Layers `[start, stop)` of the model file `model`, and so many KV pages. `stretch`: see
-    `sharding.model.arch`."""
+    """Layers `[start, stop)` of the model file `model`, and so many KV pages.
+
+    `window_pages`: those of layers with a window, if the model mixes such with others. `stretch`:
+    see `sharding.model.arch`.
+    """
 
     model: str
     start: int
@@ -18,3 +21,4 @@ class StageSpec:
     pages: int
     kernels: str
     stretch: Stretch | None = None
+    window_pages: int = 0

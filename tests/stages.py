@@ -34,13 +34,18 @@ def load_stages(
     layers = read_shape(file.metadata).layers
     borders = [layers * number // stages for number in range(stages + 1)]
     name = str(file.paths[0])
-    specs = [StageSpec(name, *border, pages, kernels, stretch) for border in pairwise(borders)]
-    return [Stage(spec, file) for spec in specs]
+    return [
+        Stage(StageSpec(name, *border, pages, kernels, stretch, pages), file)
+        for border in pairwise(borders)
+    ]
 
 
-def open_request(stages: Sequence[Stage], request: int, pages: Sequence[int]) -> None:
-    """Give a request its pages on every stage."""
-    batch = Batch(next(_steps), opened=[Opened(request, list(pages), 1, GREEDY)])
+def open_request(
+    stages: Sequence[Stage], request: int, pages: Sequence[int], ring: int | None = None
+) -> None:
+    """Give a request its pages on every stage; in layers with a window as many, or `ring`."""
+    window_pages = list(pages)[:ring]
+    batch = Batch(next(_steps), opened=[Opened(request, list(pages), 1, GREEDY, window_pages)])
     for stage in stages:
         stage.forward(batch, None)
 
@@ -56,10 +61,15 @@ def logits(stages: Sequence[Stage], segments: list[Segment]) -> torch.Tensor:
 
 
 def chunked_logits(
-    stages: Sequence[Stage], tokens: list[int], chunk: int, request: int = 1, page: int = 0
+    stages: Sequence[Stage],
+    tokens: list[int],
+    chunk: int,
+    request: int = 1,
+    page: int = 0,
+    ring: int | None = None,
 ) -> torch.Tensor:
     """Logits `[T, V]` of a prompt that enters in chunks, in pages from number `page` on."""
-    open_request(stages, request, range(page, page + len(tokens) // 16 + 1))
+    open_request(stages, request, range(page, page + len(tokens) // 16 + 1), ring)
     found = [
         logits(stages, [Segment(request, start, tokens[start : start + chunk])])
         for start in range(0, len(tokens), chunk)

@@ -30,13 +30,14 @@ class Activation(enum.Enum):
 
 class Batch:
     """`spans`: first row, stop row and position of each segment, one after the other; `tables`: the
-    addresses of their page tables; `frequencies`: that of float64 `[rotations, pairs]`, as many
-    rotations as `gains`."""
+    addresses of their page tables, and those of layers with a window if they have their own;
+    `frequencies`: that of float64 `[rotations, pairs]`, as many rotations as `gains`."""
 
     def __init__(
         self,
         spans: list[int],
         tables: list[int],
+        window_tables: list[int],
         frequencies: int,
         gains: Sequence[float],
         pairs: int,

@@ -58,13 +58,13 @@ class ComposedLayers:
         blocks = zip(self.weights, self.pages, strict=True)
         for number, (weights, pages) in enumerate(blocks):
             qkv_TX = self._normed(x_TI, weights.attn_norm_I, weights.eps, weights.qkv)
-            q_TX = self.kernels.rotate_and_store(qkv_TX, index, pages, weights.heads)
-            at = index
+            at = index.seen_by(weights.window)
+            q_TX = self.kernels.rotate_and_store(qkv_TX, at, pages, weights.heads)
             if wanted is not None and number == last:
                 if not wanted:
                     return x_TI[:0]
                 rows = list(wanted)
-                x_TI, q_TX, at = x_TI[rows], q_TX[rows], index.alone(rows)
+                x_TI, q_TX, at = x_TI[rows], q_TX[rows], at.alone(rows)
             mixed = partial(self._mixed, q_TX, at, pages, weights)
             x_TI = self._onto(x_TI, mixed, weights.attn_post_norm_I, weights.eps)
             both_T2F = self._normed(x_TI, weights.ffn_norm_I, weights.eps, weights.gate_up)

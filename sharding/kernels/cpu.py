@@ -335,8 +335,11 @@ def _native_batch(index: BatchIndex) -> _cpu.Batch:
     assert len(rope.gains) == rope.rotations, rope.gains
     spans = [part for rows in index.rows for part in (rows.first, rows.stop, rows.position)]
     tables = [_table(rows) for rows in index.rows]
+    window_tables = [_table(rows) for rows in index.window_rows or ()]
     adjacent = rope.pairs == "adjacent"
-    return _cpu.Batch(spans, tables, freqs_NR.data_ptr(), rope.gains, rope.turning, adjacent)
+    return _cpu.Batch(
+        spans, tables, window_tables, freqs_NR.data_ptr(), rope.gains, rope.turning, adjacent
+    )
 
 
 def _table(rows: Rows) -> int:

@@ -213,7 +213,7 @@ class TritonKernels:
 
     def work(self, q_TX: torch.Tensor, index: BatchIndex, pages: LayerPages, window: int) -> Work:
         """How that attention is cut: as `use` said, or as the batch's other layers."""
-        if self._index is not index:
+        if self._index is None or not index.is_of(self._index):
             self._index, self._works = index, {}
         dim, kv_heads = pages.head_dim, pages.kv_heads
         assert dim <= triton_attention.MOST_DIMS, dim  # `layers` says so to the user

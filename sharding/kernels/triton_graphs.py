@@ -15,17 +15,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from operator import is_
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 import triton
-from numpy.typing import NDArray
 from torch import Tensor
 
 from sharding.batch import PAGE_SLOTS
 from sharding.kernels.triton_plan import Items, Work
-from sharding.model.attention import BatchIndex
+from sharding.model.attention import BatchIndex, Rows
 
 MOST_GRAPHS = 32
 """Kept; the one that was not used for longest makes room."""
@@ -41,11 +40,13 @@ _ALIGNED = 64
 
 @dataclass(frozen=True)
 class Shape:
-    """What a graph is made for: tokens, page table entries, and of each cut of attention parts,
-    rows that they are merged into, and the most rows of a token."""
+    """What a graph is made for: tokens, page table entries, page tables (two where layers with a
+    window have pages of their own), and of each cut of attention parts, rows that they are merged
+    into, and the most rows of a token."""
 
     tokens: int
     entries: int
+    tables: int
     cuts: tuple[tuple[int, int, int], ...]
 
     @classmethod
@@ -55,10 +56,33 @@ class Shape:
         return cls(
             index.n_tokens,
             triton.next_power_of_2(entries),
+            1 if index.window_rows is None else 2,
             tuple(
                 (triton.next_power_of_2(len(cut.fine)), len(cut.merged), cut.rows) for cut in cuts
             ),
         )
+
+
+Array = TypeVar("Array")
+
+
+@dataclass(frozen=True)
+class _Fields(Generic[Array]):
+    """The inputs' tensors: angles, slots, of each kind of layers the tokens' pages and the page
+    tables, of each cut its parts and what they are merged into."""
+
+    cos_NTR: Array
+    sin_NTR: Array
+    slot_T: Array
+    tables: list[tuple[Array, Array]]
+    cuts: list[tuple[Array, Array]]
+
+    @classmethod
+    def of(cls, views: Sequence[Array], tables: int) -> _Fields[Array]:
+        """From all of them in a row."""
+        cos_NTR, sin_NTR, slot_T, *others = views
+        pairs = list(zip(others[::2], others[1::2], strict=True))
+        return cls(cos_NTR, sin_NTR, slot_T, pairs[:tables], pairs[tables:])
 
 
 class Inputs:
@@ -67,19 +91,15 @@ class Inputs:
     On the host twice, in turn: a step is written while the former one's copy may be under way."""
 
     def __init__(self, shape: Shape, index: BatchIndex, device: torch.device) -> None:
-        self._shape = shape
         self._places: list[tuple[int, tuple[int, ...], torch.dtype]] = []
         self._size = 0
         rope = index.rope
-        tokens, angles = (shape.tokens,), (rope.rotations, shape.tokens, rope.turning)
-        for place, dtype in (
-            (tokens, torch.int64),
-            (tokens, torch.int64),
-            ((shape.entries,), torch.int64),
-            (angles, torch.float32),
-            (angles, torch.float32),
-        ):
-            self._add(place, dtype)
+        for _ in ("cosines", "sines"):
+            self._add((rope.rotations, shape.tokens, rope.turning), torch.float32)
+        self._add((shape.tokens,), torch.int64)
+        for _ in range(shape.tables):
+            self._add((shape.tokens,), torch.int64)
+            self._add((shape.entries,), torch.int64)
         for parts, merged, _ in shape.cuts:
             self._add((parts, 8), torch.int32)
             self._add((merged, 4), torch.int32)
@@ -89,20 +109,23 @@ class Inputs:
         ]
         self._copied = [torch.cuda.Event() for _ in range(2)] if pinned else []
         # Whose page tables are written there: they stay the same from a request's step to its next.
-        self._tables: list[list[Tensor]] = [[], []]
+        self._tables: list[list[Sequence[Tensor]]] = [[()] * shape.tables for _ in range(2)]
         self._turn = 0
         self._device = torch.zeros(self._size, dtype=torch.uint8, device=device)
-        self._written: list[list[NDArray[np.generic]]] = [
-            [view.numpy() for view in self._views(host)] for host in self._hosts
+        self._written = [
+            _Fields.of([view.numpy() for view in self._views(host)], shape.tables)
+            for host in self._hosts
         ]
-        views = self._views(self._device)
-        self.index = BatchIndex((), rope, device)
-        # The tensors that kernels ask the index for, which would make them of its rows.
-        names = ("page_T", "slot_T", "tables", "cos_NTR", "sin_NTR")
-        vars(self.index).update(zip(names, views[:5], strict=True))
+        fields = _Fields.of(self._views(self._device), shape.tables)
+        self.index = BatchIndex((), rope, device, () if shape.tables == 2 else None)
+        # The tensors that kernels ask an index for, which would make them of its rows.
+        known = {"cos_NTR": fields.cos_NTR, "sin_NTR": fields.sin_NTR, "slot_T": fields.slot_T}
+        vars(self.index).update(known)
+        for window, (page_T, entries) in enumerate(fields.tables):
+            vars(self.index.seen_by(window)).update(page_T=page_T, tables=entries)
         self.works = [
-            Work(None, (), views[5 + 2 * number], views[6 + 2 * number], parts, rows)
-            for number, (parts, _, rows) in enumerate(shape.cuts)
+            Work(None, (), fine, merged, parts, rows)
+            for (fine, merged), (parts, _, rows) in zip(fields.cuts, shape.cuts, strict=True)
         ]
 
     def _add(self, place: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -121,23 +144,27 @@ class Inputs:
         self._turn = 1 - self._turn
         if self._copied:
             self._copied[self._turn].synchronize()  # of the step before the last
-        written = self._written[self._turn]
-        page_T, slot_T, entries, cos_NTR, sin_NTR = written[:5]
-        tables = [rows.pages for rows in index.rows]
+        to = self._written[self._turn]
         for row, rows in enumerate(index.rows):
-            page, slot_T[row] = divmod(rows.position, PAGE_SLOTS)
-            page_T[row] = tables[row][page]
-        if not _same(tables, self._tables[self._turn]):
-            np.concatenate(tables, out=entries[: sum(map(len, tables))])
-            self._tables[self._turn] = tables
+            to.slot_T[row] = rows.position % PAGE_SLOTS
+        for kind in range(len(to.tables)):
+            self._write_tables(index.rows if kind == 0 else index.window_rows or (), kind)
         positions_T = torch.tensor([rows.position for rows in index.rows])
-        for to, found in zip((cos_NTR, sin_NTR), index.rope.angles(positions_T), strict=True):
-            to[:] = found.numpy()
-        for number, cut in enumerate(cuts):
-            fine, merged = written[5 + 2 * number : 7 + 2 * number]
+        cos_NTR, sin_NTR = index.rope.angles(positions_T)
+        to.cos_NTR[:], to.sin_NTR[:] = cos_NTR.numpy(), sin_NTR.numpy()
+        for (fine, merged), cut in zip(to.cuts, cuts, strict=True):
             fine[: len(cut.fine)] = cut.fine
             fine[len(cut.fine) :] = 0  # no rows, no slots
             merged[:] = cut.merged
+
+    def _write_tables(self, segments: Sequence[Rows], kind: int) -> None:
+        page_T, entries = self._written[self._turn].tables[kind]
+        tables = [rows.pages for rows in segments]
+        for row, rows in enumerate(segments):
+            page_T[row] = tables[row][rows.position // PAGE_SLOTS]
+        if not _same(tables, self._tables[self._turn][kind]):
+            np.concatenate(tables, out=entries[: sum(map(len, tables))])
+            self._tables[self._turn][kind] = tables
 
     def submit(self) -> None:
         """What was written last is under way to the device."""
@@ -152,10 +179,14 @@ def _same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
 
 def _next(index: BatchIndex) -> BatchIndex | None:
     """The batch of the same requests' next tokens, unless one has no room for it."""
-    rows = [replace(rows, position=rows.position + 1) for rows in index.rows]
-    if any(each.position >= len(each.pages) * PAGE_SLOTS for each in rows):
+    if any(each.position + 1 >= len(each.pages) * PAGE_SLOTS for each in index.rows):
         return None
-    return replace(index, rows=tuple(rows))
+    window_rows = None if index.window_rows is None else _moved_on(index.window_rows)
+    return replace(index, rows=_moved_on(index.rows), window_rows=window_rows)
+
+
+def _moved_on(segments: Sequence[Rows]) -> tuple[Rows, ...]:
+    return tuple(replace(rows, position=rows.position + 1) for rows in segments)
 
 
 class Replayed(Protocol):

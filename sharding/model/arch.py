@@ -150,6 +150,19 @@ class ModelShape:
         every = self.global_every
         return 0 if every and (layer + 1) % every == 0 else self.window
 
+    @property
+    def mixes_windows(self) -> bool:
+        """Whether some layers have a window and others see all: those with a window then keep but
+        the keys and values that can still be seen."""
+        return self.window > 0 and 0 < self.global_every <= self.layers > 1
+
+    def windows_within(self, start: int, stop: int) -> int:
+        """How many of the layers `[start, stop)` keep but a window."""
+        if not self.mixes_windows:
+            return 0
+        every = self.global_every
+        return stop - start - (stop // every - start // every)
+
     def rotation_of(self, layer: int) -> int:
         """The number of that layer's rotation."""
         return len(self.rotations) - 1 if self.window_of(layer) else 0

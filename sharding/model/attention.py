@@ -36,29 +36,39 @@ class BatchIndex:
     """The segments of a batch and how their tokens turn.
 
     The tensors are for kernels in torch and Triton, made when one asks for them, on `device`; the
-    compiled kernels make their own in less time than torch takes for one.
+    compiled kernels make their own in less time than torch takes for one. `window_rows`: the same
+    with the page tables of layers with a window, where these have pages of their own.
     """
 
     rows: tuple[Rows, ...]
     rope: Rope
     device: torch.device = torch.device("cpu")
+    window_rows: tuple[Rows, ...] | None = None
 
     def to(self, device: torch.device) -> BatchIndex:
         """The same for kernels there; `rows` stay on the host, which cuts the work by them."""
         return self if device == self.device else replace(self, device=device)
 
+    def seen_by(self, window: int) -> BatchIndex:
+        """The batch as layers with that window see it, 0 for none."""
+        return self._windowed if window else self
+
+    @cached_property
+    def _windowed(self) -> BatchIndex:
+        if self.window_rows is None:
+            return self
+        twin = replace(self, rows=self.window_rows, window_rows=None)
+        vars(twin).update(cos_NTR=self.cos_NTR, sin_NTR=self.sin_NTR, slot_T=self.slot_T)
+        return twin
+
+    def is_of(self, other: BatchIndex) -> bool:
+        """Whether both are of one batch: the same, or one as layers with a window see the other."""
+        return self is other or self._windowed is other or other._windowed is self
+
     def alone(self, rows: Sequence[int]) -> BatchIndex:
         """These rows, ascending, as a batch of single tokens."""
-        alone: list[Rows] = []
-        segments = iter(self.rows)
-        at = next(segments, None)
-        for row in rows:
-            while at is not None and row >= at.stop:
-                at = next(segments, None)
-            assert at is not None and row >= at.first, row
-            i = len(alone)
-            alone.append(Rows(i, i + 1, at.position + row - at.first, at.pages))
-        return replace(self, rows=tuple(alone))
+        window_rows = None if self.window_rows is None else _alone(self.window_rows, rows)
+        return replace(self, rows=_alone(self.rows, rows), window_rows=window_rows)
 
     @property
     def n_tokens(self) -> int:
@@ -100,14 +110,38 @@ class BatchIndex:
         return torch.cat([at.positions() for at in self.rows])
 
 
+def _alone(segments: Sequence[Rows], rows: Sequence[int]) -> tuple[Rows, ...]:
+    alone: list[Rows] = []
+    rest = iter(segments)
+    at = next(rest, None)
+    for row in rows:
+        while at is not None and row >= at.stop:
+            at = next(rest, None)
+        assert at is not None and row >= at.first, row
+        i = len(alone)
+        alone.append(Rows(i, i + 1, at.position + row - at.first, at.pages))
+    return tuple(alone)
+
+
 def build_index(
-    segments: Sequence[Segment], tables: Mapping[int, torch.Tensor], rope: Rope
+    segments: Sequence[Segment],
+    tables: Mapping[int, torch.Tensor],
+    rope: Rope,
+    window_tables: Mapping[int, torch.Tensor] | None = None,
 ) -> BatchIndex:
-    """Lay a batch's segments out as rows; `tables` maps a request to its page table (int64)."""
+    """Lay a batch's segments out as rows; `tables` maps a request to its page table (int64), and
+    so does `window_tables` for layers with a window, unless they share the others' pages."""
+    rows = _lay_out(segments, tables)
+    if window_tables is None:
+        return BatchIndex(rows, rope)
+    return BatchIndex(rows, rope, window_rows=_lay_out(segments, window_tables))
+
+
+def _lay_out(segments: Sequence[Segment], tables: Mapping[int, torch.Tensor]) -> tuple[Rows, ...]:
     rows: list[Rows] = []
     first = 0
     for segment in segments:
         stop = first + len(segment.tokens)
         rows.append(Rows(first, stop, segment.start, tables[segment.request]))
         first = stop
-    return BatchIndex(tuple(rows), rope)
+    return tuple(rows)

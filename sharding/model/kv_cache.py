@@ -8,6 +8,7 @@ batches).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,20 +54,24 @@ class LayerPages:
 
 
 class PageStore:
-    """The pages of a stage's layers. Memory is committed as pages are first written."""
+    """The pages of a stage's layers, so many of each. Memory is committed as pages are first
+    written."""
 
     def __init__(
         self,
-        layers: int,
-        pages: int,
+        pages: Sequence[int],
         kv_heads: int,
         head_dim: int,
         device: torch.device | None = None,
     ) -> None:
-        keys = _lazy_zeros((layers, pages, kv_heads, head_dim, PAGE_SLOTS), device)
-        values = _lazy_zeros((layers, pages, kv_heads, PAGE_SLOTS, head_dim), device)
-        self.layers = [LayerPages(k, v) for k, v in zip(keys, values, strict=True)]
-        self.n_bytes = 2 * keys.numel() * keys.element_size()
+        self.layers = [
+            LayerPages(
+                _lazy_zeros((count, kv_heads, head_dim, PAGE_SLOTS), device),
+                _lazy_zeros((count, kv_heads, PAGE_SLOTS, head_dim), device),
+            )
+            for count in pages
+        ]
+        self.n_bytes = sum(pages) * 2 * kv_heads * head_dim * PAGE_SLOTS * torch.half.itemsize
 
 
 def _lazy_zeros(shape: tuple[int, ...], device: torch.device | None) -> torch.Tensor:

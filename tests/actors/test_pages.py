@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.pages import PagePool, pages_for
+from actors.pages import PagePool, PagePools, pages_for
 from sharding.batch import PAGE_SLOTS
 
 
@@ -36,3 +36,18 @@ def test_books_balance_after_any_sequence(events: list[tuple[int, int]]) -> None
         pool.check_integrity()
     everything = [page for pages in owned.values() for page in pages]
     assert len(everything) == len(set(everything)) == pool.pages - pool.free
+
+
+def test_a_request_takes_no_more_window_pages_than_a_ring() -> None:
+    pools = PagePools(12, window_pages=5, ring=3)
+    long = pools.reserve(1, 8 * PAGE_SLOTS)
+    assert long is not None and (len(long.pages), len(long.window_pages)) == (8, 3)
+    assert pools.fit([2 * PAGE_SLOTS]) and not pools.fit([3 * PAGE_SLOTS])
+    assert pools.reserve(2, 3 * PAGE_SLOTS) is None  # four pages are free, but two for windows
+    short = pools.reserve(3, 2 * PAGE_SLOTS)
+    assert short is not None and not set(short.window_pages) & set(long.window_pages)
+    assert (pools.free, pools.idle) == (2, False)
+    pools.check_integrity()
+    pools.release(1)
+    pools.release(3)
+    assert pools.idle

@@ -315,12 +315,15 @@ requests = st.tuples(st.integers(1, 90), st.integers(0, 20), st.booleans())
     in_flight=st.integers(1, 4),
     pages=st.integers(8, 20),
     chunk=st.integers(1, 40),
+    ring=st.integers(0, 3),
 )
 def test_any_mix_of_requests_runs_to_its_end(
-    asked: list[tuple[int, int, bool]], in_flight: int, pages: int, chunk: int
+    asked: list[tuple[int, int, bool]], in_flight: int, pages: int, chunk: int, ring: int
 ) -> None:
-    """Each gets its tokens in order, no batch is over its budget, no page is left behind."""
-    limits = Limits(PAGE_SLOTS * 8, pages, in_flight, chunk=chunk)
+    """Each gets its tokens in order, no batch is over its budget, no page is left behind; also
+    where layers with a window have pages of their own."""
+    windows = {"window_pages": max(ring, pages // 4), "ring": ring} if ring else {}
+    limits = Limits(PAGE_SLOTS * 8, pages, in_flight, chunk=chunk, **windows)
     scheduler = Scheduler(limits)
     events: dict[str, list[Event]] = {}
     cancelled = set()

@@ -48,9 +48,12 @@ COSTS_7B = ModelCosts(SEVEN_B, (115 << 20,) * 32, 70 << 20, 103 << 20, 0)
 FIXED = activation_bytes(SMALL, 1, last=False) + buffer_bytes(SMALL, 1)
 
 
-def costs_of(layer_bytes: tuple[int, ...], ends: tuple[int, int] = (0, 0)) -> ModelCosts:
-    """A model of the small shape with these weights; `ends`: embedding and output."""
-    shape = replace(SMALL, layers=len(layer_bytes))
+def costs_of(
+    layer_bytes: tuple[int, ...], ends: tuple[int, int] = (0, 0), every: int = 0
+) -> ModelCosts:
+    """A model of the small shape with these weights; `ends`: embedding and output. The last layer
+    of `every` sees all, the others 40 tokens."""
+    shape = replace(SMALL, layers=len(layer_bytes), window=40 * bool(every), global_every=every)
     return ModelCosts(shape, layer_bytes, ends[0], ends[1], 0)
 
 
@@ -67,7 +70,8 @@ def problems(draw: st.DrawFn) -> tuple[ModelCosts, list[Device], int]:
     layer_bytes = draw(st.lists(weights, min_size=stages, max_size=7))
     head, tied, kv_tokens = draw(weights), draw(st.booleans()), draw(st.integers(1, 200))
     embedding = head if tied else draw(weights)
-    costs = costs_of(tuple(layer_bytes), (embedding, head + 32))
+    every = draw(st.sampled_from([0, 0, 2, 3]))
+    costs = costs_of(tuple(layer_bytes), (embedding, head + 32), every)
     even = (sum(layer_bytes) + embedding + head + len(layer_bytes) * kv_tokens * 32) // stages
     percents = draw(
         st.lists(st.sampled_from([60, 100, 150, 300]), min_size=stages, max_size=stages)
@@ -82,11 +86,16 @@ def all_splits(
     """Every split's shares by falling size, its layer counts, and the most work of a stage, twice
     the layers' mean size and once the head's; written without the planner."""
     slots = (kv_tokens + PAGE_SLOTS - 1) // PAGE_SLOTS * PAGE_SLOTS
-    layers = len(costs.layer_bytes)
+    layers, every = len(costs.layer_bytes), costs.shape.global_every
+    pages = slots // PAGE_SLOTS
+    ring = 3 if every and 1 < every <= layers else 0  # of 40 tokens and a chunk of 1
+    window_slots = min(pages, max(ring, (pages + 3) // 4)) * PAGE_SLOTS
     for cuts in combinations(range(1, layers), len(devices) - 1):
         shares, counts, most_work = [], [], 0
         for device, start, stop in zip(devices, (0, *cuts), (*cuts, layers), strict=True):
-            used = sum(costs.layer_bytes[start:stop]) + (stop - start) * slots * 2 * 8 * 2
+            whole = [not ring or layer % every == every - 1 for layer in range(start, stop)]
+            held = sum(slots if each else window_slots for each in whole)
+            used = sum(costs.layer_bytes[start:stop]) + held * 2 * 8 * 2
             used += costs.embedding_bytes if start == 0 else 0
             used += costs.output_bytes if stop == layers else 0
             used -= costs.tied_bytes if stop - start == layers else 0

@@ -256,6 +256,39 @@ def test_a_rotary_scale_of_0_is_none(key: str) -> None:
     assert torch.equal(chunked_logits(load_stages(unscaled, 1), tokens, 20), expected)
 
 
+GEMMA = {"gemma3.attention.sliding_window": 20, "gemma3.attention.sliding_window_pattern": 3}
+
+
+@pytest.mark.parametrize("chunk", [16, 7, 1])
+@pytest.mark.parametrize("stages", [1, 5])
+def test_pages_that_fall_out_of_a_window_are_used_again_unseen(
+    chunk: int, stages: int, kernels: str
+) -> None:
+    """Three pages hold a window of 20 tokens and a chunk of 16; 110 tokens want seven."""
+    file = GGUFFile.from_bytes(tiny_model(family="gemma3", layers=5, extra_metadata=GEMMA))
+    tokens = tokens_for(200, 110)
+    expected = chunked_logits(load_stages(file, 1, kernels=kernels), tokens, 16)
+    loaded = load_stages(file, stages, kernels=kernels)
+    found = chunked_logits(loaded, tokens, chunk, page=2, ring=3)
+    assert torch.equal(found, expected)
+    # Other requests' pages are not touched.
+    windows = [layer for stage in loaded for layer in stage._pages.layers[:2]]
+    assert not any(layer.k_PGDS[5:].any() for layer in windows[:2])
+
+
+def test_too_few_pages_for_a_window_and_a_chunk_are_refused() -> None:
+    """They would be written over what the chunk's first token still sees."""
+    file = GGUFFile.from_bytes(tiny_model(family="gemma3", layers=5, extra_metadata=GEMMA))
+    stages = load_stages(file, 1)
+    open_request(stages, 1, range(10), ring=2)
+    logits(stages, [Segment(1, 0, [5] * 32)])  # all of them still fit
+    with pytest.raises(StageError, match="16 tokens and a window of 20 in 32 slots"):
+        logits(stages, [Segment(1, 32, [5] * 16)])
+    open_request(stages, 2, range(10), ring=0)
+    with pytest.raises(StageError, match="1 tokens and a window of 20 in 0 slots"):
+        logits(stages, [Segment(2, 0, [5])])
+
+
 def test_a_stretch_is_as_if_the_file_had_asked_for_it() -> None:
     """Files seldom say how far their model may be stretched; users do."""
     asked = {"type": "yarn", "factor": 4.0, "original_context_length": 64}

@@ -13,8 +13,8 @@ constexpr int SLICE = 32;  // tokens whose angles one thread computes, a tenth o
 
 }  // namespace
 
-Batch::Batch(std::vector<Segment> segments, const double* frequencies,
-             const std::vector<double>& gains, int pairs, bool adjacent)
+Batch::Batch(std::vector<Segment> segments, const std::vector<const int64_t*>& window_tables,
+             const double* frequencies, const std::vector<double>& gains, int pairs, bool adjacent)
     : segments_(std::move(segments)),
       rotations_(static_cast<int>(gains.size())),
       pairs_(pairs),
@@ -28,6 +28,13 @@ Batch::Batch(std::vector<Segment> segments, const double* frequencies,
             page_.push_back(segment.table[position / PAGE]);
             slot_.push_back(position % PAGE);
         }
+    }
+    for (size_t i = 0; i < window_tables.size(); ++i) {
+        Segment windowed = segments_[i];
+        windowed.table = window_tables[i];
+        windowed_.push_back(windowed);
+        for (int row = windowed.first; row < windowed.stop; ++row)
+            window_page_.push_back(windowed.table[positions[static_cast<size_t>(row)] / PAGE]);
     }
     const auto width = static_cast<size_t>(pairs), each = static_cast<size_t>(tokens) * width;
     cosines_.resize(gains.size() * each);
@@ -45,10 +52,11 @@ Batch::Batch(std::vector<Segment> segments, const double* frequencies,
     });
 }
 
-Turn Batch::turn(int rotation) const {
+Turn Batch::turn(int rotation, int window) const {
     const size_t first = static_cast<size_t>(rotation) * page_.size() * static_cast<size_t>(pairs_);
-    return {tokens(),      pairs_,       adjacent_, cosines_.data() + first, sines_.data() + first,
-            page_.data(), slot_.data()};
+    const auto& page = window && !windowed_.empty() ? window_page_ : page_;
+    return {tokens(),     pairs_,      adjacent_, cosines_.data() + first, sines_.data() + first,
+            page.data(), slot_.data()};
 }
 
 }  // namespace longspan

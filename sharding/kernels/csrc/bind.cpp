@@ -163,7 +163,7 @@ void bind_kernels(nb::class_<Kernels> kernels) {
         [](const Kernels& self, Address qkv, const Heads& heads, int rotation, const Batch& batch,
            const Pages& pages, Address q) {
             check_rotation(rotation, batch);
-            self.ops.rotate_and_store(at<float>(qkv), heads, batch.turn(rotation), pages,
+            self.ops.rotate_and_store(at<float>(qkv), heads, batch.turn(rotation, 0), pages,
                                       at<float>(q));
         },
         Release());
@@ -171,7 +171,7 @@ void bind_kernels(nb::class_<Kernels> kernels) {
         "attention",
         [](const Kernels& self, Address q, const Batch& batch, const Pages& pages, int window,
            Address y) {
-            self.ops.attention(at<float>(q), batch.segments(), pages, window, nullptr,
+            self.ops.attention(at<float>(q), batch.segments(0), pages, window, nullptr,
                                at<float>(y));
         },
         Release());
@@ -325,10 +325,15 @@ NB_MODULE(_cpu, m) {
         .value("gelu", Activation::Gelu);
     nb::class_<Batch>(m, "Batch")
         .def("__init__", [](Batch* self, const std::vector<int>& spans,
-                            const std::vector<Address>& tables, Address frequencies,
+                            const std::vector<Address>& tables,
+                            const std::vector<Address>& window_tables, Address frequencies,
                             const std::vector<double>& gains, int pairs, bool adjacent) {
-            new (self) Batch(make_segments(spans, tables), at<const double>(frequencies), gains,
-                             pairs, adjacent);
+            if (!window_tables.empty() && window_tables.size() != tables.size())
+                throw std::invalid_argument("a page table is missing");
+            std::vector<const int64_t*> windowed;
+            for (const Address table : window_tables) windowed.push_back(at<const int64_t>(table));
+            new (self) Batch(make_segments(spans, tables), windowed,
+                             at<const double>(frequencies), gains, pairs, adjacent);
         });
     bind_layers(nb::class_<Layers>(m, "Layers"));
     bind_kernels(kernels);

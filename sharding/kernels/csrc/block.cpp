@@ -62,17 +62,19 @@ void run_layer(const Ops& ops, const Layer& layer, const Weight* next, const flo
     const Between at(layer, static_cast<size_t>(tokens));
     ops.rms_norm(x, tokens, hidden, layer.attention_norm, nullptr, at.normed);
     matmul(ops, at.normed, tokens, *layer.qkv, nullptr, nullptr, at.wide);
-    ops.rotate_and_store(at.wide, layer.heads, batch.turn(layer.rotation), layer.pages, at.q);
+    const auto& segments = batch.segments(layer.window);
+    ops.rotate_and_store(at.wide, layer.heads, batch.turn(layer.rotation, layer.window),
+                         layer.pages, at.q);
     std::vector<Segment> picked;
     if (wanted) {
         if (wanted->empty()) return;
-        picked = alone(batch.segments(), *wanted);
+        picked = alone(segments, *wanted);
         pick(at.q, *wanted, layer.output->cols(), at.q);
         pick(x, *wanted, hidden, y);
         x = y;
         tokens = static_cast<int>(wanted->size());
     }
-    ops.attention(at.q, wanted ? picked : batch.segments(), layer.pages, layer.window, layer.output,
+    ops.attention(at.q, wanted ? picked : segments, layer.pages, layer.window, layer.output,
                   at.mixed);
     add_onto(ops, layer.attention_post_norm, x, tokens, hidden, at.normed, y,
              [&](const float* residual, float* out) {

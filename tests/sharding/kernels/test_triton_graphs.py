@@ -26,8 +26,18 @@ def _parts(shape: Shape) -> int:
     return shape.cuts[0][0]
 
 
-@pytest.mark.parametrize("window", [0, 300])
-def test_a_batch_written_into_a_larger_shape_gives_the_same_bits(window: int) -> None:
+def own_window_pages(index: BatchIndex) -> BatchIndex:
+    """Layers with a window have page tables of their own."""
+    windowed = [replace(rows, pages=rows.pages.flip(0)) for rows in index.rows]
+    return replace(index, window_rows=tuple(windowed))
+
+
+@pytest.mark.parametrize(
+    ("window", "own_pages"), [(0, False), (300, False), (0, True), (300, True)]
+)
+def test_a_batch_written_into_a_larger_shape_gives_the_same_bits(
+    window: int, own_pages: bool
+) -> None:
     """Two steps through one buffer, made for the one with more parts: what is left over of it does
     nothing."""
     heads, length = Heads(4, 2, 64), 3 * SPLIT
@@ -35,21 +45,22 @@ def test_a_batch_written_into_a_larger_shape_gives_the_same_bits(window: int) ->
     pages = LayerPages(host.k_PGDS.to(DEVICE), host.v_PGSD.to(DEVICE))
     way = Way(2, 2, window, heads.dim)
     steps = [index_of(heads, [(0, last, 1), (1, 40, 1)], length) for last in (length - 1, 700)]
+    steps = [own_window_pages(step) for step in steps] if own_pages else steps
     cuts = [KERNELS.cuts(step, [way]) for step in steps]
     shape = max((Shape.of(*each) for each in zip(steps, cuts, strict=True)), key=_parts)
     inputs = Inputs(shape, steps[0], DEVICE)
     for step, cut in zip(steps, cuts, strict=True):
         qkv_TX = normal(2, (heads.heads + 2 * heads.kv_heads) * heads.dim).to(DEVICE)
-        own = step.to(DEVICE)
+        own = step.to(DEVICE).seen_by(window)
         q_TX = KERNELS.rotate_and_store(qkv_TX, own, pages)
         expected = KERNELS.attention(q_TX, own, pages, window)
         inputs.write(step, cut)
         inputs.submit()
         KERNELS.use(inputs.index, {way: inputs.works[0]})
-        stored = pages.k_PGDS.clone()
-        turned = KERNELS.rotate_and_store(qkv_TX, inputs.index, pages)
+        stored, at = pages.k_PGDS.clone(), inputs.index.seen_by(window)
+        turned = KERNELS.rotate_and_store(qkv_TX, at, pages)
         assert torch.equal(turned, q_TX) and torch.equal(pages.k_PGDS, stored)
-        assert torch.equal(KERNELS.attention(turned, inputs.index, pages, window), expected)
+        assert torch.equal(KERNELS.attention(turned, at, pages, window), expected)
 
 
 def test_a_shape_grows_by_powers_of_two() -> None:
