@@ -21,7 +21,15 @@ from sharding.errors import ContextLengthError, LongspanError, StageError, Unava
 from sharding.gguf.reader import GGUFFile
 from sharding.model_plan import Wanted, plan_model
 from sharding.planner import Device
-from tests.stages import GREEDY, generate, local_engine, tokens_of, wait_until
+from tests.stages import (
+    GREEDY,
+    chunked_logits,
+    generate,
+    load_stages,
+    local_engine,
+    tokens_of,
+    wait_until,
+)
 from tests.tiny_gguf import tiny_model
 
 
@@ -59,6 +67,26 @@ def test_requests_sent_together_get_what_each_gets_alone(stages: int) -> None:
         alone = [generate(engine, request) for request in requests]
         assert together == alone
         assert [len(tokens) for tokens in alone] == [6 + n for n in range(8)]
+
+
+def test_requests_share_the_pages_of_layers_with_a_window() -> None:
+    """More of them than have room at once; each gets what a lone one with a page for every token
+    gets."""
+    keys = {"gemma3.attention.sliding_window": 40, "gemma3.attention.sliding_window_pattern": 2}
+    options = {"family": "gemma3", "layers": 4, "context": 512, "extra_metadata": keys}
+    file = GGUFFile.from_bytes(tiny_model(**options))
+    plan = plan_model(file, [Device("here", 1 << 40)], Wanted(512, 1024, chunk=32)).plan
+    assert (plan.pages, plan.window_pages, plan.ring_pages) == (64, 16, 5)
+    prompts = [[5 + n, 9, 30 + n] * (5 + 17 * n) for n in range(6)]
+    with closing(local_engine(file, context=512, kv=1024, chunk=32)) as engine:
+        requests = [
+            GenerateRequest(f"w{n}", prompt, 30, GREEDY) for n, prompt in enumerate(prompts)
+        ]
+        found = [tokens_of(events) for events in collect(engine, requests)]
+        assert engine.stats().pages_free == engine.stats().pages
+    for prompt, tokens in zip(prompts, found, strict=True):
+        whole = chunked_logits(load_stages(file, 1), prompt + tokens, 512)
+        assert whole[len(prompt) - 1 : -1].argmax(-1).tolist() == tokens
 
 
 def test_the_same_seed_draws_the_same_and_another_seed_does_not(engine: Engine) -> None:
