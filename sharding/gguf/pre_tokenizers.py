@@ -54,6 +54,7 @@ PRE_TOKENIZERS = {
     "tekken": PreTokenizer((_TEKKEN,), whole_words=True, add_bos=True),
 }
 PRE_TOKENIZERS |= dict.fromkeys(("falcon3", "llama3", "llama-v3"), PRE_TOKENIZERS["llama-bpe"])
+PRE_TOKENIZERS["deepseek-r1-qwen"] = PRE_TOKENIZERS["qwen2"]
 
 
 def regex_of(pattern: str) -> Regex:
