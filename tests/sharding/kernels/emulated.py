@@ -2,9 +2,9 @@
 
     python -m tests.sharding.kernels.emulated [CHECK ...]     where nothing is interpreted
 
-A check is a product as FORMAT:TOKENS:CUTS, its rows in up to so many cuts, or attention as
-HEADS/KV_HEADSxDIM:POSITION:TOKENS:WINDOW. Prints how far each is from the truth, as a share of its
-bound. Chunks are compiled for compute capability 8.0: later ones have instructions for them that
+A check is a product as FORMAT:TOKENS:CUTS, its rows in up to so many cuts, attention as
+HEADS/KV_HEADSxDIM:POSITION:TOKENS:WINDOW, or one of `ROWS`. Prints how far each is from the truth,
+as a share of its bound. Chunks are compiled for compute capability 8.0: later ones have instructions for them that
 nothing here knows.
 """
 
@@ -20,16 +20,24 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sharding.kernels import triton_attention, triton_digits, triton_matmul, triton_products
+from sharding.kernels import (
+    triton_attention,
+    triton_digits,
+    triton_matmul,
+    triton_products,
+    triton_rows,
+)
 from sharding.kernels.planes import PLANES
 from sharding.kernels.triton_plan import Tiles, Way, plan_work
 from sharding.kernels.triton_weights import pack
+from sharding.model.arch import Activation
 from tests.sharding.kernels import bounds, ptx, triton_bounds
 from tests.sharding.kernels.world import (
     Heads,
     file_of,
     index_of,
     normal,
+    own_weights,
     random_pages,
     random_raw,
 )
@@ -38,6 +46,7 @@ CHECKS = (
     *(f"{name}:{tokens}:8" for name, at in PLANES.items() if at.quantised for tokens in (1, 16)),
     *("2/2x128:150:1:0", "4/1x64:150:1:100", "2/1x256:90:1:0", "6/2x80:40:3:0", "2/1x128:40:70:0"),
 )
+ROWS = ("norm", "gate-silu", "gate-gelu", "heads-halves", "heads-adjacent")
 _POINTERS = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.int32: "*i32", torch.int8: "*i8",
     torch.int64: "*i64",
@@ -69,7 +78,8 @@ class Emulated:
         for number, (parameter, value) in enumerate(named):
             tensor = isinstance(value, torch.Tensor)
             # As a launch does: a 1 is a constant, multiples of 16 are told.
-            if parameter.is_constexpr or (not tensor and value == 1 and isinstance(value, int)):
+            one = isinstance(value, int) and value == 1
+            if parameter.is_constexpr or value is None or one:
                 signature[parameter.name], constants[parameter.name] = "constexpr", value
                 continue
             signature[parameter.name] = (
@@ -124,8 +134,35 @@ def attention(heads: Heads, position: int, tokens: int, window: int) -> float:
     return share(found.unflatten(1, (-1, heads.dim)), truth_and_bound)
 
 
+def rows(name: str) -> float:
+    """The share of a kernel that takes a row at a time."""
+    Emulated.capability = 90
+    kind, _, how = name.partition("-")
+    if kind == "norm":
+        x_TI, scale_I, residual_TI = normal(3, 100), normal(100, seed=4), normal(3, 100, seed=5)
+        found = triton_rows.rms_norm(x_TI, scale_I, 1e-5, residual_TI)
+        return share(found, bounds.rms_norm(x_TI, scale_I, 1e-5, 1, residual_TI))
+    if kind == "gate":
+        activation: Activation = "gelu" if how == "gelu" else "silu"
+        gate_up_T2F = normal(2, 2 * 300) * 3
+        found = triton_rows.gated(gate_up_T2F, activation)
+        return share(found, triton_bounds.gated(gate_up_T2F, activation))
+    heads = Heads(3, 1, 90, 70, "halves" if how == "halves" else "adjacent")
+    index, pages = index_of(heads, [(0, 5, 4)], 32, rotations=2), random_pages(heads, 32)
+    qkv_TX, own = normal(4, 5 * heads.dim), own_weights(heads, bias=True, norms=True)
+    found = triton_rows.rotate_and_store(qkv_TX, index, pages, own)
+    expected = bounds.rotate_and_store(qkv_TX, index, heads.kv_heads, heads.dim, own)
+    return max(
+        share(found.unflatten(1, (-1, heads.dim)), expected.q),
+        share(pages.k_PGDS[index.page_T, :, :, index.slot_T], expected.k),
+        share(pages.v_PGSD[index.page_T, :, index.slot_T], expected.v),
+    )
+
+
 def check(name: str) -> float:
-    """The share of one of `CHECKS`."""
+    """The share of one of `CHECKS`, or of `ROWS`."""
+    if name in ROWS:
+        return rows(name)
     first, *numbers = name.split(":")
     if "/" not in first:
         tokens, cuts = map(int, numbers)
@@ -141,7 +178,9 @@ def main(asked: Sequence[str]) -> None:
     triton_digits._digits = Emulated(triton_digits._digits)
     for kernel in ("_attend", "_merge", "_round_queries"):
         setattr(triton_attention, kernel, Emulated(getattr(triton_attention, kernel)))
-    for name in asked or CHECKS:
+    for kernel in ("_rms_norm", "_gated", "_rotate_and_store"):
+        setattr(triton_rows, kernel, Emulated(getattr(triton_rows, kernel)))
+    for name in asked or (*ROWS, *CHECKS):
         sys.stdout.write(json.dumps({"check": name, "share": check(name)}) + "\n")
 
 

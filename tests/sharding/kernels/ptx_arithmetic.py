@@ -56,7 +56,9 @@ class Registers:
             return np.zeros(self._threads, kind)
         if operand.startswith(("0f", "0d")):
             bits: Values = np.array([int(operand[2:], 16)], f"u{(len(operand) - 2) // 2}")
-            return np.repeat(bits.view(f"f{(len(operand) - 2) // 2}").astype(kind), self._threads)
+            if np.dtype(kind).kind == "f":
+                bits = bits.view(f"f{(len(operand) - 2) // 2}").astype(kind)
+            return np.repeat(bits, self._threads)  # a move takes the bits as they are
         number = int(operand.rstrip("U"), 0)
         size = 8 * np.dtype(kind).itemsize
         if np.dtype(kind) == np.bool_:

@@ -20,7 +20,13 @@ ATTENTIONS = ("2/2x128:150:1:0", "4/1x64:150:1:100", "6/2x80:40:3:0")
 """Runs of slots that are merged, a window, heads that fill no tile and several tokens."""
 
 
-@pytest.mark.parametrize("checks", [PRODUCTS, ATTENTIONS], ids=["products", "attention"])
+ROWS = ("norm", "gate-gelu", "heads-halves", "heads-adjacent")
+"""Norms on top of a residual, GELU, heads with a bias and norms."""
+
+
+@pytest.mark.parametrize(
+    "checks", [PRODUCTS, ATTENTIONS, ROWS], ids=["products", "attention", "rows"]
+)
 def test_what_is_compiled_is_within_its_bounds(checks: tuple[str, ...], tmp_path: Path) -> None:
     rows = rows_of("tests.sharding.kernels.emulated", *checks, cache=tmp_path)
     assert [row["check"] for row in rows] == list(checks)
