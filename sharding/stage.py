@@ -19,7 +19,8 @@ from sharding.batch import PAGE_SLOTS, Batch, Choice, Opened, Segment, SegmentRe
 from sharding.cost import LOGIT_ROWS
 from sharding.errors import DoesNotFitError, StageError
 from sharding.gguf.reader import GGUFFile
-from sharding.kernels import BlockWeights, Kernels, Weight, load_kernels
+from sharding.kernels import Kernels, Weight, load_kernels
+from sharding.kernels.block_weights import BlockWeights
 from sharding.model.arch import read_shape
 from sharding.model.attention import BatchIndex, build_index
 from sharding.model.block import load_block

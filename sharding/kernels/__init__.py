@@ -21,6 +21,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Protocol
 
 from sharding.errors import ConfigError, StageError
+from sharding.kernels.block_weights import PLAIN_HEADS
 from sharding.memory import available_bytes
 
 log = logging.getLogger("longspan.kernels")
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
     from sharding.batch import Choice, SamplingParams
     from sharding.gguf.reader import GGUFFile
+    from sharding.kernels.block_weights import BlockWeights, HeadWeights
     from sharding.model.arch import Activation
     from sharding.model.attention import BatchIndex
     from sharding.model.kv_cache import LayerPages
@@ -57,64 +59,6 @@ class Weight(Protocol):
     @property
     def n_bytes(self) -> int:
         """Resident bytes."""
-
-
-@dataclass(frozen=True)
-class HeadWeights:
-    """What becomes of a block's queries, keys and values before they are stored.
-
-    `bias_X` is added to all of them; queries and keys are normed head by head by `q_norm_D` and
-    `k_norm_D`, and turn by rotation number `rotation`.
-    """
-
-    rotation: int = 0
-    bias_X: torch.Tensor | None = None
-    q_norm_D: torch.Tensor | None = None
-    k_norm_D: torch.Tensor | None = None
-    eps: float = 0.0
-
-    def __post_init__(self) -> None:
-        assert (self.q_norm_D is None) == (self.k_norm_D is None), "both norms or none"
-
-    @property
-    def n_bytes(self) -> int:
-        """Resident bytes."""
-        vectors = (self.bias_X, self.q_norm_D, self.k_norm_D)
-        return sum(vector.nbytes for vector in vectors if vector is not None)
-
-
-PLAIN_HEADS = HeadWeights()
-"""They turn by the first rotation, and nothing else."""
-
-
-@dataclass(frozen=True)
-class BlockWeights:
-    """A decoder block's weights. Matrices with the same input are one: one pass reads them.
-
-    `window`: a token sees only so many slots, its own the last of them; 0 for all. The post norms,
-    if any, are of what attention and feed-forward add. `eps` is that of all norms but the heads'.
-    """
-
-    attn_norm_I: torch.Tensor
-    qkv: Weight
-    attn_output: Weight
-    ffn_norm_I: torch.Tensor
-    gate_up: Weight
-    ffn_down: Weight
-    eps: float
-    window: int = 0
-    heads: HeadWeights = PLAIN_HEADS
-    activation: Activation = "silu"
-    attn_post_norm_I: torch.Tensor | None = None
-    ffn_post_norm_I: torch.Tensor | None = None
-
-    @property
-    def n_bytes(self) -> int:
-        """Resident bytes."""
-        matrices = (self.qkv, self.attn_output, self.gate_up, self.ffn_down)
-        norms = (self.attn_norm_I, self.ffn_norm_I, self.attn_post_norm_I, self.ffn_post_norm_I)
-        vectors = self.heads.n_bytes + sum(norm.nbytes for norm in norms if norm is not None)
-        return vectors + sum(weight.n_bytes for weight in matrices)
 
 
 class Layers(Protocol):

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from sharding.kernels import BlockWeights, Kernels, Weight
+    from sharding.kernels import Kernels, Weight
+    from sharding.kernels.block_weights import BlockWeights
     from sharding.model.attention import BatchIndex
     from sharding.model.kv_cache import LayerPages
 

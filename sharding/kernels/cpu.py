@@ -16,7 +16,7 @@ import torch
 from sharding.batch import PAGE_SLOTS, Choice
 from sharding.cost import PANEL_ROWS
 from sharding.errors import COMPUTING_FAILED, ConfigError, UnsupportedModelError
-from sharding.kernels import PLAIN_HEADS
+from sharding.kernels.block_weights import PLAIN_HEADS
 
 try:
     from sharding.kernels import _cpu
@@ -30,7 +30,8 @@ from sharding.model.sampling import banned, draw, score
 if TYPE_CHECKING:
     from sharding.batch import SamplingParams
     from sharding.gguf.reader import GGUFFile, TensorInfo
-    from sharding.kernels import BlockWeights, HeadWeights, Weight
+    from sharding.kernels import Weight
+    from sharding.kernels.block_weights import BlockWeights, HeadWeights
     from sharding.model.arch import Activation
     from sharding.model.attention import BatchIndex, Rows
     from sharding.model.kv_cache import LayerPages

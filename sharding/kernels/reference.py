@@ -22,14 +22,15 @@ from torch.nn.functional import silu
 
 from sharding.errors import COMPUTING_FAILED
 from sharding.gguf.quants import dequantise
-from sharding.kernels import PLAIN_HEADS
+from sharding.kernels.block_weights import PLAIN_HEADS
 from sharding.kernels.composed import ComposedHead, ComposedLayers
 from sharding.model.sampling import draw, score
 
 if TYPE_CHECKING:
     from sharding.batch import Choice, SamplingParams
     from sharding.gguf.reader import GGUFFile
-    from sharding.kernels import BlockWeights, HeadWeights, Weight
+    from sharding.kernels import Weight
+    from sharding.kernels.block_weights import BlockWeights, HeadWeights
     from sharding.model.arch import Activation
     from sharding.model.attention import BatchIndex, Rows
     from sharding.model.kv_cache import LayerPages

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sharding.errors import COMPUTING_FAILED, ConfigError, StageError, UnsupportedModelError
-from sharding.kernels import PLAIN_HEADS
+from sharding.kernels.block_weights import PLAIN_HEADS
 from sharding.kernels.composed import ComposedHead
 from sharding.kernels.planes import PLANES
 
@@ -48,7 +48,8 @@ from sharding.model.sampling import draw, score
 if TYPE_CHECKING:
     from sharding.batch import Choice, SamplingParams
     from sharding.gguf.reader import GGUFFile
-    from sharding.kernels import BlockWeights, HeadWeights, Layers, Weight
+    from sharding.kernels import Layers, Weight
+    from sharding.kernels.block_weights import BlockWeights, HeadWeights
     from sharding.model.arch import Activation
     from sharding.model.attention import BatchIndex
     from sharding.model.kv_cache import LayerPages

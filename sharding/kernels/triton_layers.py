@@ -22,7 +22,8 @@ from sharding.kernels.triton_products import FEW_TOKENS
 from sharding.kernels.triton_weights import PlanesWeight
 
 if TYPE_CHECKING:
-    from sharding.kernels import BlockWeights, Weight
+    from sharding.kernels import Weight
+    from sharding.kernels.block_weights import BlockWeights
     from sharding.kernels.triton import TritonKernels
     from sharding.model.attention import BatchIndex
     from sharding.model.kv_cache import LayerPages

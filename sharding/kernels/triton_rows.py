@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sharding.batch import PAGE_SLOTS
-from sharding.kernels import HeadWeights
+from sharding.kernels.block_weights import HeadWeights
 from sharding.model.arch import Activation
 from sharding.model.attention import BatchIndex
 from sharding.model.kv_cache import LayerPages

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 
 from sharding.gguf.reader import GGUFFile
-from sharding.kernels import BlockWeights, HeadWeights, Kernels
+from sharding.kernels import Kernels
+from sharding.kernels.block_weights import BlockWeights, HeadWeights
 from sharding.model.arch import ModelShape
 from sharding.model.tensors import ATTENTION_POST_NORM, FFN_POST_NORM
 from sharding.model.weights import load_vector

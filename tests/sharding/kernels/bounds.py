@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from sharding.gguf.quants import FORMATS, QuantFormat, dequantise
-from sharding.kernels import HeadWeights
+from sharding.kernels.block_weights import HeadWeights
 from sharding.model.arch import Activation
 from sharding.model.attention import BatchIndex, Rows
 from sharding.model.kv_cache import LayerPages

@@ -4,8 +4,8 @@
 
 A check is a product as FORMAT:TOKENS:CUTS, its rows in up to so many cuts, attention as
 HEADS/KV_HEADSxDIM:POSITION:TOKENS:WINDOW, or one of `ROWS`. Prints how far each is from the truth,
-as a share of its bound. Chunks are compiled for compute capability 8.0: later ones have instructions for them that
-nothing here knows.
+as a share of its bound. Chunks are compiled for compute capability 8.0: later ones have
+instructions for them that nothing here knows.
 """
 
 from __future__ import annotations

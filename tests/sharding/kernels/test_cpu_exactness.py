@@ -11,7 +11,8 @@ import torch
 
 from sharding.batch import Segment
 from sharding.gguf.reader import GGUFFile
-from sharding.kernels import BlockWeights, Layers, Weight, _cpu
+from sharding.kernels import Layers, Weight, _cpu
+from sharding.kernels.block_weights import BlockWeights
 from sharding.kernels.composed import ComposedLayers
 from sharding.kernels.cpu import CPUKernels, use_threads
 from sharding.model.kv_cache import LayerPages

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from sharding.batch import PAGE_SLOTS, Segment
 from sharding.gguf.reader import GGUFFile
-from sharding.kernels import HeadWeights
+from sharding.kernels.block_weights import HeadWeights
 from sharding.model.arch import Pairs
 from sharding.model.attention import BatchIndex, build_index
 from sharding.model.kv_cache import LayerPages
