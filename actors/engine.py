@@ -142,6 +142,8 @@ class Engine:
                 running=scheduler.running,
                 pages=scheduler.pool.pages,
                 pages_free=scheduler.pool.free,
+                window_pages=scheduler.pool.window_pages,
+                window_pages_free=scheduler.pool.window_free,
                 steps=scheduler.steps,
                 prompt_tokens=scheduler.prompt_tokens,
                 drawn_tokens=scheduler.drawn_tokens,

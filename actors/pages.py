@@ -83,6 +83,16 @@ class PagePools:
         return self._whole.free
 
     @property
+    def window_pages(self) -> int:
+        """Of layers with a window."""
+        return self._window.pages
+
+    @property
+    def window_free(self) -> int:
+        """Of these, the pages that nobody owns."""
+        return self._window.free
+
+    @property
     def idle(self) -> bool:
         """Whether nobody owns any."""
         return all(pool.free == pool.pages for pool in (self._whole, self._window))

@@ -34,13 +34,16 @@ class StageStats(msgspec.Struct, frozen=True):
 
 
 class EngineStats(msgspec.Struct, frozen=True):
-    """The engine's books, counted from its start. `epoch` grows with each repair."""
+    """The engine's books, counted from its start. `epoch` grows with each repair. `window_pages`:
+    those of layers with a window, where these have pages of their own."""
 
     epoch: int
     waiting: int = 0
     running: int = 0
     pages: int = 0
     pages_free: int = 0
+    window_pages: int = 0
+    window_pages_free: int = 0
     steps: int = 0
     prompt_tokens: int = 0
     drawn_tokens: int = 0

@@ -18,6 +18,7 @@ import typer
 from actors.pages import pages_for
 from actors.pipeline import Pipeline
 from actors.placement import PlacementConfig, RayStages
+from actors.scheduler import Limits
 from bench.report import Report
 from serving.cluster import start_ray, stop_ray
 from serving.fetch import resolve_model
@@ -36,13 +37,15 @@ def _step(pipeline: Pipeline, batch: Batch) -> Result:
 
 
 def _decode(
-    pipeline: Pipeline, ring: int, depth: int, steps: int
+    pipeline: Pipeline, limits: Limits, depth: int, steps: int
 ) -> tuple[list[float], list[float]]:
     """Wall seconds and stages' own seconds of each step."""
     pages = list(range(pages_for(depth + steps)))
-    opened = Opened(1, pages, depth, SamplingParams(temperature=0.0), pages[:ring])
+    opened = Opened(1, pages, depth, SamplingParams(temperature=0.0), pages[: limits.ring])
     _step(pipeline, Batch(0, opened=[opened]))
-    _step(pipeline, Batch(1, segments=[Segment(1, 0, [5] * depth)]))
+    for start in range(0, depth, limits.chunk):
+        tokens = [5] * min(limits.chunk, depth - start)
+        _step(pipeline, Batch(1, segments=[Segment(1, start, tokens)]))
     wall, own = [], []
     for number in range(steps):
         batch = Batch(number + 2, segments=[Segment(1, depth + number, [5], sample=True)])
@@ -68,7 +71,7 @@ def main(
     source = RayStages(PlacementConfig(path, stages, Wanted(context, context)))
     try:
         opened = source.open(lambda share, detail: None)
-        wall, own = _decode(opened.pipeline, opened.limits.ring, depth, steps + _WARM_UP)
+        wall, own = _decode(opened.pipeline, opened.limits, depth, steps + _WARM_UP)
         opened.pipeline.close()
     finally:
         source.close()

@@ -37,6 +37,7 @@ from sharding.errors import LongspanError, UnavailableError
 from sharding.gguf.reader import GGUFFile
 from sharding.gguf.tokenizer import Tokenizer
 from sharding.model.arch import read_shape
+from sharding.model.rotation import Stretch
 from sharding.model_plan import Wanted
 
 # Requests wait in the scheduler's own queue, which knows pages and answers 429: Serve must not
@@ -247,7 +248,7 @@ def describe_model(config: ServeConfig) -> tuple[ServedModel, Tokenizer]:
     with GGUFFile.open(path) as file:
         shape = read_shape(file.metadata, config.stretch)
         tokenizer = Tokenizer.from_metadata(file.metadata)
-        fingerprint = fingerprint_of(file.paths)
+        fingerprint = fingerprint_of(file.paths, config.stretch)
     model = ServedModel(
         name=config.served_name,
         context=config.context or shape.train_context,
@@ -257,9 +258,10 @@ def describe_model(config: ServeConfig) -> tuple[ServedModel, Tokenizer]:
     return model, tokenizer
 
 
-def fingerprint_of(paths: tuple[Path, ...]) -> str:
-    """Tells model files apart by each part's size and first MiB; reading all takes minutes."""
-    digest = hashlib.sha256()
+def fingerprint_of(paths: tuple[Path, ...], stretch: Stretch | None = None) -> str:
+    """Tells model files apart by each part's size and first MiB; reading all takes minutes. A
+    stretched model is another one."""
+    digest = hashlib.sha256(b"" if stretch is None else repr(stretch).encode())
     for path in paths:
         digest.update(str(path.stat().st_size).encode())
         with path.open("rb") as part:

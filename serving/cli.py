@@ -27,7 +27,8 @@ from sharding.batch import SamplingParams
 from sharding.errors import ConfigError, DoesNotFitError, LongspanError
 from sharding.gguf.reader import GGUFFile
 from sharding.kernels import cpu_kernels
-from sharding.model.arch import ROPE_SCALINGS, Stretch, read_shape
+from sharding.model.arch import read_shape
+from sharding.model.rotation import ROPE_SCALINGS, Stretch
 from sharding.model_plan import RESIDENT, Wanted, plan_model
 from sharding.planner import Device, parse_bytes
 
@@ -60,7 +61,7 @@ RopeScale = Annotated[
     float | None, typer.Option(help="Read so many times the context it was trained for.")
 ]
 YarnOrigCtx = Annotated[
-    int | None, typer.Option(help="The context it was trained for, if the file is wrong.")
+    int | None, typer.Option(help="The context it was trained for, in place of the file's.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a line on stdout.")]
 KvDtype = Annotated[str, typer.Option(help="Type of the KV cache; fp16 is the only one yet.")]
@@ -120,7 +121,7 @@ def plan(
     sizes = [parse_bytes(text) for text in device]
     devices = [Device(f"device {number}", size) for number, size in enumerate(sizes)]
     path = resolve_model(model, report=_say)
-    _warn_untrained(path, context)
+    _warn_untrained(path, context, hint=False)
     with GGUFFile.open(path) as file:
         try:
             planned = plan_model(file, devices, wanted)
@@ -276,13 +277,16 @@ def _known_stretch(scaling: str | None, scale: float | None, trained: int | None
     return stretch_of(scaling, scale, trained)
 
 
-def _warn_untrained(path: Path, context: int | None, stretch: Stretch | None = None) -> None:
+def _warn_untrained(
+    path: Path, context: int | None, stretch: Stretch | None = None, *, hint: bool = True
+) -> None:
     with GGUFFile.open(path) as file:
-        trained = read_shape(file.metadata, stretch).train_context
+        shape = read_shape(file.metadata, stretch)
+    trained = shape.train_context
     if context is None or context <= trained:
         return
     beyond = f"warning: a context of {context}, but the model was trained for {trained}"
-    if stretch is None:
+    if hint and stretch is None and shape.rotations[0].scale == 1:
         scale = f"{math.ceil(context / trained)}"
         beyond += f"; if its makers say so, --rope-scaling yarn --rope-scale {scale} stretches it"
     _say(beyond)

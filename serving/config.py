@@ -25,7 +25,7 @@ from pydantic import (
 
 from actors.scheduler import LEAST_CHUNK
 from sharding.errors import ConfigError
-from sharding.model.arch import Stretch
+from sharding.model.rotation import Stretch
 
 MOST_CHUNK = 16384
 """A step's hidden states must fit into a frame between stages."""
@@ -105,7 +105,7 @@ class ServeConfig(BaseModel):
     yarn_orig_ctx: int | None = Field(
         default=None,
         ge=1,
-        description="The context it was trained for, if the file does not say so",
+        description="The context it was trained for, in place of what the file says",
     )
     host: str = Field(
         default="127.0.0.1",

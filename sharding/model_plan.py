@@ -22,7 +22,8 @@ from sharding.errors import ConfigError
 from sharding.gguf.reader import GGUFFile, TensorInfo
 from sharding.kernels import cpu_kernels
 from sharding.kernels.planes import planes_resident
-from sharding.model.arch import Stretch, read_shape
+from sharding.model.arch import read_shape
+from sharding.model.rotation import Stretch
 from sharding.model.tensors import check_tensors
 from sharding.planner import Device, Plan, largest_context, make_plan
 
@@ -93,13 +94,14 @@ def plan_model(file: GGUFFile, devices: Sequence[Device], wanted: Wanted) -> Mod
     costs = model_costs(shape, file.tensors, RESIDENT[kernels], workspace_bytes)
     largest = largest_context(costs, devices, chunk)
     context = wanted.context or max(1, min(shape.train_context, largest))
-    kv_tokens = wanted.kv_tokens or max(context, min(largest, wanted.contexts * context))
+    room = largest_context(costs, devices, chunk, context)
+    kv_tokens = wanted.kv_tokens or max(context, min(room, wanted.contexts * context))
     if kv_tokens < context:
         raise ConfigError(
             f"kv_tokens of {kv_tokens} cannot hold one context of {context}; "
             "raise it or lower the context"
         )
-    plan = make_plan(costs, devices, kv_tokens, chunk)
+    plan = make_plan(costs, devices, kv_tokens, chunk, context)
     return ModelPlan(
         plan,
         context,

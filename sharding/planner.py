@@ -82,12 +82,14 @@ def make_plan(
     devices: Sequence[Device],
     kv_tokens: int,
     chunk_tokens: int = CHUNK,
+    request_tokens: int | None = None,
 ) -> Plan:
     """Cut the layers into one stage per device, in the given order: of the splits that fit, one
     whose slowest stage has the least work, since a pipeline is as fast as that; of those one whose
     fullest device is as empty as it can be (the largest `total_bytes / free_bytes` is least).
 
-    `kv_tokens` is rounded up to whole pages. Among equals the second fullest device decides, and so
+    `kv_tokens` is rounded up to whole pages; a request takes at most `request_tokens` of them, or
+    all. Among equals the second fullest device decides, and so
     on; then earlier stages get fewer layers. Extra layers belong on later stages: later chunks of a
     prompt cost more, so while a late stage works on one chunk, the next and dearer chunk is already
     on the stages before it and would be the one to wait for. Raises `ConfigError` for impossible
@@ -96,17 +98,23 @@ def make_plan(
     _check(costs, devices, chunk_tokens)
     if kv_tokens < 1:
         raise ConfigError(f"a context of {kv_tokens} tokens was asked for; it must be at least 1")
-    demand = _Demand(costs, kv_tokens, chunk_tokens)
+    demand = _Demand(costs, kv_tokens, chunk_tokens, request_tokens)
     if not _any_fits(demand, devices):
-        raise _does_not_fit(costs, devices, _best(demand, devices), chunk_tokens)
+        raise _does_not_fit(demand, devices, _best(demand, devices))
     return _best(demand, devices, _least_work(demand, devices))
 
 
-def largest_context(costs: ModelCosts, devices: Sequence[Device], chunk_tokens: int = CHUNK) -> int:
+def largest_context(
+    costs: ModelCosts,
+    devices: Sequence[Device],
+    chunk_tokens: int = CHUNK,
+    request_tokens: int | None = None,
+) -> int:
     """Most tokens of KV that any split over these devices holds, in whole pages; 0 if not a page.
+    A request takes at most `request_tokens` of them, or all.
 
-    Exact: bytes grow with every page on every stage, so bisection over pages finds the border.
-    Raises `ConfigError` as `make_plan` does.
+    Exact: no stage's bytes fall with a page more, so bisection over pages finds the border. Raises
+    `ConfigError` as `make_plan` does.
     """
     _check(costs, devices, chunk_tokens)
     whole = costs.layers - costs.shape.windows_within(0, costs.layers)
@@ -114,7 +122,8 @@ def largest_context(costs: ModelCosts, devices: Sequence[Device], chunk_tokens: 
     fits, too_many = 0, sum(device.free_bytes for device in devices) // page_bytes + 1
     while too_many - fits > 1:
         middle = (fits + too_many) // 2
-        if _any_fits(_Demand(costs, middle * PAGE_SLOTS, chunk_tokens), devices):
+        demand = _Demand(costs, middle * PAGE_SLOTS, chunk_tokens, request_tokens)
+        if _any_fits(demand, devices):
             fits = middle
         else:
             too_many = middle
@@ -137,8 +146,8 @@ def _check(costs: ModelCosts, devices: Sequence[Device], chunk_tokens: int) -> N
 
 
 _WINDOW_SHARE = 4
-"""Layers with a window hold one page for so many of the others, but at least what one request
-needs. Short requests fill them first: what these pages spare holds more long ones."""
+"""Layers with a window hold at least one page for so many of the others: where requests are long,
+shorter ones would soon fill what those need."""
 
 
 def ring_pages(shape: ModelShape, chunk_tokens: int) -> int:
@@ -148,22 +157,32 @@ def ring_pages(shape: ModelShape, chunk_tokens: int) -> int:
     return -(-slots // PAGE_SLOTS) if shape.mixes_windows else 0
 
 
-def window_pages(ring: int, pages: int) -> int:
-    """What layers with a window hold where the others hold so many pages."""
-    return min(pages, max(ring, -(-pages // _WINDOW_SHARE))) if ring else 0
+def window_pages(ring: int, pages: int, request_pages: int) -> int:
+    """What layers with a window hold where the others hold so many pages: enough for as many of the
+    largest requests as these hold."""
+    if not ring:
+        return 0
+    for_all = -(-pages * min(ring, request_pages) // request_pages)
+    return min(pages, max(min(ring, pages), for_all, -(-pages // _WINDOW_SHARE)))
 
 
 class _Demand:
     """What stages of a model need for a given context. A stage's bytes only grow when it gains a
     layer at either end: both searches below rely on it."""
 
-    def __init__(self, costs: ModelCosts, context: int, chunk_tokens: int) -> None:
+    def __init__(
+        self, costs: ModelCosts, context: int, chunk_tokens: int, request_tokens: int | None
+    ) -> None:
         self.costs = costs
         self.context = context
         self.kv_tokens = -(-context // PAGE_SLOTS) * PAGE_SLOTS
         self.chunk_tokens = chunk_tokens
+        self.request_tokens = request_tokens
+        longest = min(context, request_tokens or context)
         self.ring_pages = ring_pages(costs.shape, chunk_tokens)
-        self.window_pages = window_pages(self.ring_pages, self.kv_tokens // PAGE_SLOTS)
+        self.window_pages = window_pages(
+            self.ring_pages, self.kv_tokens // PAGE_SLOTS, -(-longest // PAGE_SLOTS)
+        )
         self.total_bytes = cache(self._total_bytes)
 
     def stage(self, device: Device, start: int, stop: int) -> StagePlan:
@@ -270,14 +289,13 @@ def _any_fits(demand: _Demand, devices: Sequence[Device], most_work: float = inf
     return layers in ends
 
 
-def _does_not_fit(
-    costs: ModelCosts, devices: Sequence[Device], plan: Plan, chunk_tokens: int
-) -> DoesNotFitError:
-    longest = largest_context(costs, devices, chunk_tokens)
+def _does_not_fit(demand: _Demand, devices: Sequence[Device], plan: Plan) -> DoesNotFitError:
+    costs, rest = demand.costs, (demand.chunk_tokens, demand.request_tokens)
+    longest = largest_context(costs, devices, *rest)
     if longest == 0:
-        return DoesNotFitError(_weights_message(costs, devices, chunk_tokens), 0)
+        return DoesNotFitError(_weights_message(costs, devices, demand.chunk_tokens), 0)
     on = "1 stage" if len(devices) == 1 else f"{len(devices)} stages"
-    fitting = _best(_Demand(costs, longest, chunk_tokens), devices)
+    fitting = _best(_Demand(costs, longest, *rest), devices)
     free = sum(stage.headroom_bytes for stage in fitting.stages) + fitting.kv_bytes
     # Whole layers seldom fill every device, so the sum can suffice where no split does.
     unusable = ", but no split by whole layers can use all of it" if free >= plan.kv_bytes else ""
@@ -291,7 +309,7 @@ def _does_not_fit(
 
 def _weights_message(costs: ModelCosts, devices: Sequence[Device], chunk_tokens: int) -> str:
     """Which stages lack how much, in the best split for the shortest context there is."""
-    plan = _best(_Demand(costs, PAGE_SLOTS, chunk_tokens), devices)
+    plan = _best(_Demand(costs, PAGE_SLOTS, chunk_tokens, None), devices)
     lacks = [
         f"stage {index} on {stage.device.name} lacks {format_bytes(-stage.headroom_bytes)} "
         f"(layers [{stage.layers.start}, {stage.layers.stop}) need "

@@ -250,8 +250,10 @@ class Stage:
             if entry is None:
                 raise StageError(f"request {segment.request} is not open on this stage")
             if not entry.pages_exist:
+                windows = self.shape.mixes_windows
+                own = f", or a window's outside [0, {self.spec.window_pages})" if windows else ""
                 raise StageError(
-                    f"request {segment.request}: a page outside [0, {self.spec.pages})"
+                    f"request {segment.request}: a page outside [0, {self.spec.pages}){own}"
                 )
             room, stop = len(entry.opened.pages) * PAGE_SLOTS, segment.start + len(segment.tokens)
             if stop > room:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sharding.model.arch import Stretch
+from sharding.model.rotation import Stretch
 
 
 @dataclass(frozen=True)
@@ -12,7 +12,7 @@ class StageSpec:
     """Layers `[start, stop)` of the model file `model`, and so many KV pages.
 
     `window_pages`: those of layers with a window, if the model mixes such with others. `stretch`:
-    see `sharding.model.arch`.
+    see `sharding.model.rotation`.
     """
 
     model: str

@@ -13,7 +13,8 @@ from actors.local import LocalStages
 from actors.request import Event, GenerateRequest
 from sharding.batch import Batch, Opened, SamplingParams, Segment
 from sharding.gguf.reader import GGUFFile
-from sharding.model.arch import Stretch, read_shape
+from sharding.model.arch import read_shape
+from sharding.model.rotation import Stretch
 from sharding.model_plan import Wanted, plan_model
 from sharding.planner import Device
 from sharding.stage import Stage

@@ -7,14 +7,12 @@ arithmetic becomes a function beside the others of its kind, not one more flag.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from sharding.errors import CorruptFileError, UnsupportedModelError
-
-Metadata = Mapping[str, Any]
-
+from sharding.model.keys import KeyReader, Metadata
+from sharding.model.rotation import Rotation, Stretch, read_rotations
 
 Pairs = Literal["adjacent", "halves"]
 Activation = Literal["silu", "gelu"]
@@ -25,82 +23,33 @@ class Family:
     """What distinguishes one architecture from another.
 
     `rope_pairs`: which elements of a head rotate together, "adjacent" (2i, 2i+1) or "halves" (i, i
-    + D/2). `activation`: of the gate. `qkv_bias`: queries, keys and values have one. `head_norms`:
-    queries and keys are normed head by head before they turn. `post_norms`: what attention and
-    feed-forward add is normed first. `scaled_embedding`: by the root of the hidden size.
-    `global_every`: where there is a window, the last of so many layers sees all; 0 if none does.
+    + D/2). `activation`: of the gate. `head_norms`: queries and keys are normed head by head before
+    they turn. `post_norms`: what attention and feed-forward add is normed first.
+    `scaled_embedding`: by the root of the hidden size. `windows`: layers may see but a window;
+    `global_every`: the last of so many sees all nevertheless, 0 if none does.
     """
 
     name: str
     rope_pairs: Pairs
     activation: Activation = "silu"
-    qkv_bias: bool = False
     head_norms: bool = False
     post_norms: bool = False
     scaled_embedding: bool = False
+    windows: bool = False
     global_every: int = 0
 
 
 _FAMILIES = (
-    Family("llama", "adjacent"),
-    Family("qwen2", "halves", qkv_bias=True),
+    Family("llama", "adjacent", windows=True),
+    Family("qwen2", "halves"),
     Family("qwen3", "halves", head_norms=True),
     Family("gemma", "halves", "gelu", scaled_embedding=True),
     Family(
         "gemma3", "halves", "gelu",
-        head_norms=True, post_norms=True, scaled_embedding=True, global_every=6,
+        head_norms=True, post_norms=True, scaled_embedding=True, windows=True, global_every=6,
     ),
 )  # fmt: skip
 FAMILIES = {family.name: family for family in _FAMILIES}
-
-
-@dataclass(frozen=True)
-class Yarn:
-    """YaRN (Peng et al., 2023): a model trained on `context` tokens is stretched by dividing the
-    positions of slow pairs alone, those that turn less than `slow` times within it; between them
-    and those that turn more than `fast` times, by parts."""
-
-    context: int
-    fast: float = 32.0
-    slow: float = 1.0
-
-
-@dataclass(frozen=True)
-class Rotation:
-    """How fast pairs turn: `base` to the power of minus their share of the head; positions are
-    divided by `scale`, all pairs' or as `yarn` says."""
-
-    base: float
-    scale: float = 1.0
-    yarn: Yarn | None = None
-
-
-ROPE_SCALINGS = ("none", "linear", "yarn")
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """Rotary scaling that a user wants in place of the file's: a model trained on `trained` tokens
-    (None for those that the file says) reads `factor` times as many. `scaling` is one of
-    `ROPE_SCALINGS`."""
-
-    scaling: str
-    factor: float = 1.0
-    trained: int | None = None
-
-    def onto(self, metadata: Metadata, prefix: str) -> Metadata:
-        """The metadata, as if the file had asked for it."""
-        original = f"{prefix}.rope.scaling.original_context_length"
-        context = f"{prefix}.context_length"
-        trained = self.trained or metadata.get(original) or metadata.get(context)
-        changed = dict(metadata)
-        changed.pop(f"{prefix}.rope.scale_linear", None)
-        changed[f"{prefix}.rope.scaling.type"] = self.scaling
-        changed[f"{prefix}.rope.scaling.factor"] = self.factor
-        if isinstance(trained, int):  # else the file is broken, and is told so
-            changed[original] = trained
-            changed[context] = int(trained * self.factor)
-        return changed
 
 
 @dataclass(frozen=True)
@@ -168,10 +117,6 @@ class ModelShape:
         return len(self.rotations) - 1 if self.window_of(layer) else 0
 
 
-# Bounds that no published model comes near; beyond them a file is hostile or broken.
-_MOST = {"block_count": 4096, "head_count": 4096, "embedding_length": 1 << 20}
-
-
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "attention.causal": (True,),
     "attention.clamp_kqv": (0,),
@@ -182,6 +127,9 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "logit_scale": (0, 1),
     "residual_scale": (0, 1),
     "rope.scaling.attn_factor": (1,),
+    "rope.scaling.beta_fast": (32,),
+    "rope.scaling.beta_slow": (1,),
+    "rope.scaling.extrapolation_factor": (1,),
     "rope.scaling.yarn_attn_factor": (1,),
     "rope.scaling.yarn_ext_factor": (1, -1),
     "rope.scaling.yarn_log_multiplier": (0,),
@@ -190,39 +138,6 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
 """Keys of arithmetic that is not done here, and the values that ask for none of it."""
 
 _RELATIVE = 1e-6  # between two ways to write a float32
-
-
-class _Reader:
-    """Reads `<family>.<key>` with a type and a range, naming the key in every complaint."""
-
-    def __init__(self, metadata: Metadata, prefix: str) -> None:
-        self.metadata = metadata
-        self.prefix = prefix
-
-    def whole(self, key: str, default: int | None = None, least: int = 1) -> int:
-        name = f"{self.prefix}.{key}"
-        value = self.metadata.get(name, default)
-        if value is None:
-            raise CorruptFileError(f"metadata key {name} is missing")
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise UnsupportedModelError(
-                f"{name} is {value!r:.60}; one whole number for all layers is expected"
-            )
-        most = _MOST.get(key.rpartition(".")[2], 1 << 31)
-        if not least <= value <= most:
-            raise CorruptFileError(f"{name} is {value}, outside [{least}, {most}]")
-        return value
-
-    def real(self, key: str, default: float | None = None) -> float:
-        name = f"{self.prefix}.{key}"
-        value = self.metadata.get(name, default)
-        if value is None:
-            raise CorruptFileError(f"metadata key {name} is missing")
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise CorruptFileError(f"{name} is {value!r:.60}, not a number")
-        if not math.isfinite(value) or value <= 0:
-            raise CorruptFileError(f"{name} is {value}; a finite number above 0 is expected")
-        return float(value)
 
 
 def read_shape(metadata: Metadata, stretch: Stretch | None = None) -> ModelShape:
@@ -235,7 +150,7 @@ def read_shape(metadata: Metadata, stretch: Stretch | None = None) -> ModelShape
     family = _family(metadata)
     if stretch is not None:
         metadata = stretch.onto(metadata, family.name)
-    read = _Reader(metadata, family.name)
+    read = KeyReader(metadata, family.name)
     if read.whole("expert_count", 0, least=0) > 0:
         raise UnsupportedModelError(f"{family.name} with a mixture of experts is not supported")
     hidden, heads = read.whole("embedding_length"), read.whole("attention.head_count")
@@ -250,7 +165,7 @@ def read_shape(metadata: Metadata, stretch: Stretch | None = None) -> ModelShape
     if rope_dims > head_dim or rope_dims % 2:
         raise CorruptFileError(f"{rope_dims} rotary dimensions do not fit a head of {head_dim}")
     layers = read.whole("block_count")
-    every = family.global_every
+    window, every = _windows(read, family)
     return ModelShape(
         family=family,
         name=str(metadata.get("general.name") or family.name),
@@ -263,10 +178,10 @@ def read_shape(metadata: Metadata, stretch: Stretch | None = None) -> ModelShape
         vocab=_vocab(metadata, read),
         train_context=read.whole("context_length"),
         norm_eps=read.real("attention.layer_norm_rms_epsilon"),
-        rotations=_rotations(read, family),
+        rotations=read_rotations(read, two=family.global_every > 0),
         rope_dims=rope_dims,
-        window=read.whole("attention.sliding_window", 0, least=0),
-        global_every=read.whole("attention.sliding_window_pattern", every) if every else 0,
+        window=window,
+        global_every=every,
         score_scale=_score_scale(family, layers, hidden / heads, head_dim),
     )
 
@@ -299,7 +214,7 @@ def _family(metadata: Metadata) -> Family:
     return FAMILIES[name]
 
 
-def _vocab(metadata: Metadata, read: _Reader) -> int:
+def _vocab(metadata: Metadata, read: KeyReader) -> int:
     """As many as the tokenizer has: ids beyond that cannot be turned into text, so none may
     exist."""
     tokens = metadata.get("tokenizer.ggml.tokens")
@@ -314,34 +229,17 @@ def _score_scale(family: Family, layers: int, share: float, head_dim: int) -> fl
     return 1.0
 
 
-def _rotations(read: _Reader, family: Family) -> tuple[Rotation, ...]:
-    """Scaling is of layers that see all: those with a window see nothing far away."""
-    scale, yarn = _scaling(read)
-    rotation = Rotation(read.real("rope.freq_base", 10000.0), scale, yarn)
-    if not family.global_every:
-        return (rotation,)
-    return rotation, Rotation(read.real("rope.freq_base_swa", 10000.0))
-
-
-def _scaling(read: _Reader) -> tuple[float, Yarn | None]:
-    """What positions are divided by, 1 where the file asks for no scaling.
-
-    A factor without a type is a linear one, and older files call it `rope.scale_linear`. One of 0
-    stands for none.
-    """
-    kind = read.metadata.get(f"{read.prefix}.rope.scaling.type", "linear")
-    if kind == "none":
-        return 1.0, None
-    if kind not in ROPE_SCALINGS:
+def _windows(read: KeyReader, family: Family) -> tuple[int, int]:
+    """The window, 0 for none, and of how many layers the last sees all. Raises
+    `UnsupportedModelError` for a window in a family whose layers all see everything."""
+    window = read.whole("attention.sliding_window", 0, least=0)
+    pattern = f"{read.prefix}.attention.sliding_window_pattern"
+    if family.global_every:
+        return window, read.whole("attention.sliding_window_pattern", family.global_every)
+    if 0 < window < read.whole("context_length") and not family.windows:
         raise UnsupportedModelError(
-            f"rotary scaling of type {kind!r:.60} is not supported; supported: "
-            f"{', '.join(ROPE_SCALINGS)}"
+            f"{read.prefix}.attention.sliding_window of {window} is not supported in this family"
         )
-    keys = ("rope.scaling.factor", "rope.scale_linear")
-    given = [key for key in keys if read.metadata.get(f"{read.prefix}.{key}", 0) != 0]
-    scale = read.real(given[0]) if given else 1.0
-    if kind == "linear":
-        return scale, None
-    trained = read.whole("rope.scaling.original_context_length", read.whole("context_length"))
-    fast = read.real("rope.scaling.yarn_beta_fast", 32.0)
-    return scale, Yarn(trained, fast, read.real("rope.scaling.yarn_beta_slow", 1.0))
+    if window and pattern in read.metadata:
+        raise UnsupportedModelError(f"{pattern} is not supported in this family")
+    return (window if family.windows else 0), 0

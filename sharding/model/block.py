@@ -11,7 +11,7 @@ from sharding.gguf.reader import GGUFFile
 from sharding.kernels import Kernels
 from sharding.kernels.block_weights import BlockWeights, HeadWeights
 from sharding.model.arch import ModelShape
-from sharding.model.tensors import ATTENTION_POST_NORM, FFN_POST_NORM
+from sharding.model.tensors import ATTENTION_POST_NORM, FFN_POST_NORM, has_bias
 from sharding.model.weights import load_vector
 
 
@@ -41,7 +41,7 @@ def load_block(file: GGUFFile, layer: int, shape: ModelShape, kernels: Kernels) 
 def _load_heads(file: GGUFFile, layer: int, shape: ModelShape, device: torch.device) -> HeadWeights:
     blk, family = f"blk.{layer}.attn_", shape.family
     bias_X = q_norm_D = k_norm_D = None
-    if family.qkv_bias:
+    if has_bias(file, layer):
         parts = [load_vector(file, f"{blk}{part}.bias") for part in "qkv"]
         bias_X = torch.cat(parts).to(device)
     if family.head_norms:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from sharding.model.arch import ModelShape, Pairs, Rotation, Yarn
+from sharding.model.arch import ModelShape, Pairs
+from sharding.model.rotation import Rotation, Yarn
 
 
 @dataclass(frozen=True)
@@ -87,4 +88,4 @@ def _kept(yarn: Yarn, base: float, dims: int) -> torch.Tensor:
 def _gain(rotation: Rotation) -> float:
     """YaRN's correction for scores that spread over more tokens, half of it in the queries and half
     in the keys."""
-    return 1.0 if rotation.yarn is None else 0.1 * math.log(rotation.scale) + 1.0
+    return 1.0 if rotation.yarn is None else 0.1 * math.log(max(1.0, rotation.scale)) + 1.0

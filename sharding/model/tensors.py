@@ -5,7 +5,7 @@ Not here: loading them (`weights.py`). No torch, so that a plan can check a file
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 from sharding.errors import CorruptFileError, UnsupportedModelError
 from sharding.gguf.reader import GGUFFile
@@ -16,6 +16,17 @@ OUTPUT_NORM = "output_norm.weight"
 OUTPUT = "output.weight"
 ROPE_FACTORS = "rope_freqs.weight"
 ATTENTION_POST_NORM, FFN_POST_NORM = "post_attention_norm", "post_ffw_norm"
+
+
+def _biases(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Those of queries, keys and values, which a layer has all or none of."""
+    keys = (shape.kv_features,)
+    return {"attn_q.bias": (shape.q_features,), "attn_k.bias": keys, "attn_v.bias": keys}
+
+
+def has_bias(file: GGUFFile, layer: int) -> bool:
+    """Whether that layer's queries, keys and values have one."""
+    return f"blk.{layer}.attn_q.bias" in file.tensors
 
 
 def _layer_tensors(shape: ModelShape) -> dict[str, tuple[int, ...]]:
@@ -32,9 +43,6 @@ def _layer_tensors(shape: ModelShape) -> dict[str, tuple[int, ...]]:
         "ffn_up.weight": (hidden, ffn),
         "ffn_down.weight": (ffn, hidden),
     }
-    if family.qkv_bias:
-        tensors["attn_q.bias"] = (shape.q_features,)
-        tensors["attn_k.bias"] = tensors["attn_v.bias"] = (shape.kv_features,)
     if family.head_norms:
         tensors["attn_q_norm.weight"] = tensors["attn_k_norm.weight"] = (shape.head_dim,)
     if family.post_norms:
@@ -43,16 +51,21 @@ def _layer_tensors(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     return tensors
 
 
-def _expected(shape: ModelShape) -> Iterator[tuple[str, tuple[int, ...], bool]]:
-    """(name, shape, required) of every tensor that the model may have."""
+def _expected(
+    shape: ModelShape, present: Container[str]
+) -> Iterator[tuple[str, tuple[int, ...], bool]]:
+    """(name, shape, required) of every tensor that the model may have beside those present."""
     yield EMBEDDING, (shape.hidden, shape.vocab), True
     yield OUTPUT_NORM, (shape.hidden,), True
     yield OUTPUT, (shape.hidden, shape.vocab), False
     yield ROPE_FACTORS, (shape.rope_dims // 2,), False
-    inside = _layer_tensors(shape)
+    inside, biases = _layer_tensors(shape), _biases(shape)
     for layer in range(shape.layers):
         for name, dims in inside.items():
             yield f"blk.{layer}.{name}", dims, True
+        biased = any(f"blk.{layer}.{name}" in present for name in biases)
+        for name, dims in biases.items():
+            yield f"blk.{layer}.{name}", dims, biased
 
 
 def check_tensors(file: GGUFFile, shape: ModelShape) -> None:
@@ -64,7 +77,7 @@ def check_tensors(file: GGUFFile, shape: ModelShape) -> None:
     wrong.
     """
     known = set()
-    for name, dims, required in _expected(shape):
+    for name, dims, required in _expected(shape, file.tensors):
         known.add(name)
         info = file.tensors.get(name)
         if info is None:

@@ -170,9 +170,7 @@ def test_a_context_beyond_the_training_is_warned_of(model: Path) -> None:
     done = longspan("plan", model, "--context", 1000, "--device", "1GiB", "--json")
     assert done.returncode == 0
     assert "1000" in done.stderr
-    assert (
-        "trained for 512; if its makers say so, --rope-scaling yarn --rope-scale 2" in done.stderr
-    )
+    assert "trained for 512" in done.stderr
     assert json.loads(done.stdout)["train_context"] == 512
 
 
@@ -182,7 +180,9 @@ def test_a_stretched_model_reads_on_without_a_warning(model: Path) -> None:
     done = longspan("generate", model, *asked, *scaled, "--json")
     assert (done.returncode, "warning" in done.stderr) == (0, False), done.stderr
     plain = longspan("generate", model, *asked, "--json")
-    assert "warning" in plain.stderr
+    assert (
+        "trained for 512; if its makers say so, --rope-scaling yarn --rope-scale 2" in plain.stderr
+    )
     assert len(json.loads(done.stdout)["token_ids"]) == len(json.loads(plain.stdout)["token_ids"])
 
 

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from serving.config import ServeConfig, load_config
 from sharding.errors import ConfigError
-from sharding.model.arch import Stretch
+from sharding.model.rotation import Stretch
 
 
 def _complaint(**options: object) -> str:

@@ -15,7 +15,8 @@ from sharding.cost import (
     model_costs,
 )
 from sharding.errors import CorruptFileError
-from sharding.model.arch import FAMILIES, ModelShape, Rotation
+from sharding.model.arch import FAMILIES, ModelShape
+from sharding.model.rotation import Rotation
 
 TINY = ModelShape(
     family=FAMILIES["llama"],

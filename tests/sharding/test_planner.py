@@ -11,10 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from actors.pages import PagePools
 from sharding.batch import PAGE_SLOTS
 from sharding.cost import ModelCosts, activation_bytes, buffer_bytes
 from sharding.errors import ConfigError, DoesNotFitError
-from sharding.model.arch import FAMILIES, ModelShape, Rotation
+from sharding.model.arch import FAMILIES, ModelShape
+from sharding.model.rotation import Rotation
 from sharding.planner import (
     Device,
     Plan,
@@ -173,6 +175,19 @@ def test_a_refusal_names_the_context_that_then_works(
     except DoesNotFitError as error:
         assert error.max_context < kv_tokens
         assert error.max_context == 0 or plan_or_none(costs, devices, error.max_context)
+
+
+@given(st.integers(1, 300), st.integers(1, 40), st.integers(1, 600), st.integers(1, 8))
+def test_layers_with_a_window_hold_what_as_many_full_requests_need(
+    request_tokens: int, requests: int, chunk: int, layers: int
+) -> None:
+    """Else they would decide how many run at once, and the others' pages lie idle."""
+    costs = costs_of((100,) * (2 * layers), every=2)
+    kv_tokens = requests * -(-request_tokens // PAGE_SLOTS) * PAGE_SLOTS
+    plan = make_plan(costs, sizes(1 << 40), kv_tokens, chunk, request_tokens)
+    pools = PagePools(plan.pages, plan.window_pages, plan.ring_pages)
+    assert pools.fit([request_tokens] * requests)
+    assert plan.window_pages <= plan.pages
 
 
 def test_kv_of_65536_tokens_of_a_7b_is_exact() -> None:

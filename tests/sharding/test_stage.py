@@ -5,15 +5,24 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 import torch
 
 from sharding.batch import Batch, Opened, Segment
-from sharding.errors import CorruptFileError, DoesNotFitError, StageError, UnsupportedModelError
+from sharding.errors import (
+    ConfigError,
+    CorruptFileError,
+    DoesNotFitError,
+    ModelFileError,
+    StageError,
+    UnsupportedModelError,
+)
 from sharding.gguf.reader import GGUFFile
 from sharding.kernels import use_threads
 from sharding.kernels.cpu import CPULayers
-from sharding.model.arch import Stretch, read_shape
+from sharding.model.arch import read_shape
+from sharding.model.rotation import Stretch
 from tests.stages import GREEDY, chunked_logits, load_stages, logits, open_request
 from tests.tiny_gguf import tiny_model
 
@@ -311,7 +320,11 @@ def test_a_stretch_is_as_if_the_file_had_asked_for_it() -> None:
         ({}, Stretch("linear", 1.5, 100), 150),
         ({"rope.scaling.original_context_length": 64}, Stretch("yarn", 8.0), 512),
         ({"rope.scaling.original_context_length": 64}, Stretch("none"), 64),
-        ({"rope.scale_linear": 2.0}, Stretch("yarn", 2.0), 512),
+        # What a file's own factor made of a context is no training.
+        ({"rope.scale_linear": 2.0}, Stretch("yarn", 2.0), 256),
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": 8.0}, Stretch("linear", 16.0), 512),
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": 8.0}, Stretch("none"), 32),
+        ({"rope.scaling.type": "none", "rope.scaling.factor": 8.0}, Stretch("yarn", 2.0), 512),
     ],
 )
 def test_a_stretched_model_has_a_longer_context(
@@ -358,6 +371,67 @@ def test_a_missing_tensor_is_named(name: str) -> None:
 def test_a_tensor_that_nothing_uses_is_refused() -> None:
     """An unknown bias that is silently left out would make every answer a little wrong."""
     file = tiny()
-    file.tensors["blk.0.attn_q.bias"] = file.tensors["blk.0.attn_norm.weight"]
-    with pytest.raises(UnsupportedModelError, match="attn_q.bias"):
+    file.tensors["blk.0.attn_output.bias"] = file.tensors["blk.0.attn_norm.weight"]
+    with pytest.raises(UnsupportedModelError, match="attn_output.bias"):
         load_stages(file, 1)
+
+
+def test_biases_are_there_for_queries_keys_and_values_or_for_none() -> None:
+    """Models are converted as qwen2 that have none."""
+    file = GGUFFile.from_bytes(tiny_model(family="qwen2", layers=2))
+    whole = chunked_logits(load_stages(file, 1), tokens_for(200, 20), 20)
+    names = [f"blk.1.attn_{part}.bias" for part in "qkv"]
+    for name in names[:2]:
+        del file.tensors[name]
+    with pytest.raises(CorruptFileError, match=r"blk.1.attn_q.bias is missing"):
+        load_stages(file, 1)
+    del file.tensors[names[2]]
+    assert not torch.equal(chunked_logits(load_stages(file, 1), tokens_for(200, 20), 20), whole)
+
+
+def test_a_window_where_no_layer_has_one_is_refused() -> None:
+    """Not every answer would be wrong: only long ones."""
+    for family, key in (("qwen2", "sliding_window"), ("qwen3", "sliding_window")):
+        keys = {f"{family}.attention.{key}": 20}
+        with pytest.raises(UnsupportedModelError, match=f"{family}.attention.{key} of 20"):
+            read_shape(GGUFFile.from_bytes(tiny_model(family=family, extra_metadata=keys)).metadata)
+    keys = {"qwen2.attention.sliding_window": 32768}  # of no consequence
+    data = tiny_model(family="qwen2", context=32768, extra_metadata=keys)
+    assert read_shape(GGUFFile.from_bytes(data).metadata).window == 0
+    keys = {"llama.attention.sliding_window": 20, "llama.attention.sliding_window_pattern": 4}
+    with pytest.raises(UnsupportedModelError, match="sliding_window_pattern"):
+        read_shape(tiny(extra_metadata=keys).metadata)
+
+
+def test_older_files_of_gemma3_name_their_rotations_otherwise() -> None:
+    keys = {
+        "gemma3.rope.global.freq_base": 1e6,
+        "gemma3.rope.local.freq_base": 20000.0,
+        "gemma3.rope.freq_base": None,
+    }
+    data = tiny_model(family="gemma3", extra_metadata=keys)
+    shape = read_shape(GGUFFile.from_bytes(data).metadata)
+    assert [rotation.base for rotation in shape.rotations] == [1e6, 20000.0]
+
+
+@pytest.mark.parametrize(
+    ("keys", "complaint"),
+    [
+        ({"rope.freq_base": 1.0}, "freq_base of 1 under YaRN"),
+        ({"rope.scaling.yarn_beta_fast": 1e300}, "turn 1e.300 times"),
+        ({"rope.scaling.beta_fast": 64.0}, "beta_fast of 64.0 is not supported"),
+    ],
+)
+def test_yarn_that_cannot_be_is_refused(keys: dict[str, object], complaint: str) -> None:
+    yarn = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}
+    named = {
+        f"llama.{key}": np.float64(value) if value == 1e300 else value
+        for key, value in (yarn | keys).items()
+    }
+    with pytest.raises(ModelFileError, match=complaint):
+        read_shape(tiny(extra_metadata=named).metadata)
+
+
+def test_a_user_s_scaling_beyond_any_context_is_the_user_s_fault() -> None:
+    with pytest.raises(ConfigError, match="lower rope_scale or yarn_orig_ctx"):
+        read_shape(tiny().metadata, Stretch("yarn", 1024, 1 << 30))
