@@ -64,14 +64,12 @@ class PageStore:
         head_dim: int,
         device: torch.device | None = None,
     ) -> None:
-        self.layers = [
-            LayerPages(
-                _lazy_zeros((count, kv_heads, head_dim, PAGE_SLOTS), device),
-                _lazy_zeros((count, kv_heads, PAGE_SLOTS, head_dim), device),
-            )
-            for count in pages
-        ]
-        self.n_bytes = sum(pages) * 2 * kv_heads * head_dim * PAGE_SLOTS * torch.half.itemsize
+        # One allocation for all: what is large lies in large pages of the system's.
+        keys = _lazy_zeros((sum(pages), kv_heads, head_dim, PAGE_SLOTS), device)
+        values = _lazy_zeros((sum(pages), kv_heads, PAGE_SLOTS, head_dim), device)
+        parts = zip(keys.split(list(pages)), values.split(list(pages)), strict=True)
+        self.layers = [LayerPages(k, v) for k, v in parts]
+        self.n_bytes = 2 * keys.numel() * keys.element_size()
 
 
 def _lazy_zeros(shape: tuple[int, ...], device: torch.device | None) -> torch.Tensor:
