@@ -74,13 +74,30 @@ def attention() -> None:
                 kernels.attention(q_TX, index, pages, window)
 
 
+MODELS: tuple[dict[str, object], ...] = (
+    {"quant": "Q4_K"},
+    {"quant": "F16"},
+    {"quant": "Q5_0", "family": "qwen2"},
+    {
+        "quant": "Q4_K",
+        "family": "gemma3",
+        "extra_metadata": {
+            "gemma3.attention.sliding_window": 10,
+            "gemma3.attention.sliding_window_pattern": 2,
+        },
+    },
+)
+"""Biases; norms of heads and results, and a window whose pages come round."""
+
+
 def stages() -> None:
     """A prompt, tokens after it in a graph, one drawn at random."""
-    for format_name in ("Q4_K", "F16"):
-        data = tiny_model(layers=2, hidden=256, heads=4, kv_heads=2, ffn=512, quant=format_name)
+    for options in MODELS:
+        data = tiny_model(layers=2, hidden=256, heads=4, kv_heads=2, ffn=512, **options)
         whole = load_stages(GGUFFile.from_bytes(data), 1, kernels="triton")
-        open_request(whole, 1, [3, 1, 2])
-        logits(whole, [Segment(1, 0, list(range(40)))])
+        open_request(whole, 1, [3, 1, 2], ring=2)
+        for start, stop in ((0, 20), (20, 40)):
+            logits(whole, [Segment(1, start, list(range(start, stop)))])
         for position in (40, 41):
             last_TV = logits(whole, [Segment(1, position, [7])])
         whole[0].kernels.draw(last_TV[0], SamplingParams(seed=1), 2, 1, None)
