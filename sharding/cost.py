@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from sharding.errors import CorruptFileError
 from sharding.model.arch import ModelShape
+from sharding.model.tensors import gate_up_tensors, qkv_tensors
 
 if TYPE_CHECKING:
     from sharding.gguf.reader import TensorInfo
@@ -37,10 +38,7 @@ SAMPLER_BYTES_PER_TOKEN = 96
 """Per vocabulary entry of the one row being drawn: twelve float64 or int64 vectors (adjusted and
 scaled logits, ids, weights, running sum, hash words and their temporaries, noise)."""
 
-_BLOCK_TENSORS = (
-    "attn_norm", "attn_q", "attn_k", "attn_v", "attn_output",
-    "ffn_norm", "ffn_gate", "ffn_up", "ffn_down",
-)  # fmt: skip
+_OTHERS = ("attn_norm.weight", "attn_output.weight", "ffn_norm.weight", "ffn_down.weight")
 _EMBEDDING, _FINAL_NORM, _HEAD = "token_embd.weight", "output_norm.weight", "output.weight"
 
 
@@ -159,7 +157,7 @@ def model_costs(
     for name, info in tensors.items():
         if name.startswith("blk."):
             sums[name.split(".")[1]] += weight_bytes(info)
-    for name in _required(shape.layers):
+    for name in _required(shape):
         if name not in tensors:
             raise CorruptFileError(
                 f"tensor {name} is missing; a {shape.family.name} model of {shape.layers} layers "
@@ -178,8 +176,10 @@ def model_costs(
     )
 
 
-def _required(layers: int) -> list[str]:
-    blocks = [f"blk.{layer}.{part}.weight" for layer in range(layers) for part in _BLOCK_TENSORS]
+def _required(shape: ModelShape) -> list[str]:
+    matrices = *qkv_tensors(shape.family), *gate_up_tensors(shape.family)
+    parts = (*_OTHERS, *matrices)
+    blocks = [f"blk.{layer}.{part}" for layer in range(shape.layers) for part in parts]
     return [_EMBEDDING, *blocks, _FINAL_NORM]
 
 

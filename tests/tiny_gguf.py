@@ -187,13 +187,14 @@ def _metadata(model: TinyModel) -> dict[str, Any]:
     return {
         "general.architecture": model.family,
         "general.type": "model",
-        "general.name": f"Tiny {model.family.capitalize()}",
+        "general.name": "Tiny model",  # llama.cpp goes by the names of some families
         "general.languages": ["en"],
         "general.quantization_version": 2,
         "general.file_type": 1024,  # llama.cpp's number for "not said"
     } | {f"{model.family}.{key}": value for key, value in sizes.items()}
 
 
+_FUSED = ("phi3",)
 _QKV_BIAS = ("qwen2",)
 _HEAD_NORMS = ("qwen3", "gemma3")
 _POST_NORMS = ("gemma3",)
@@ -212,6 +213,13 @@ def _tensors(model: TinyModel, vocab: int) -> dict[str, Tensor]:
         "ffn_up": (model.hidden, model.ffn),
         "ffn_down": (model.ffn, model.hidden),
     }
+    if model.family in _FUSED:
+        shapes = {
+            "attn_qkv": (model.hidden, queries + 2 * keys),
+            "attn_output": (queries, model.hidden),
+            "ffn_up": (model.hidden, 2 * model.ffn),
+            "ffn_down": (model.ffn, model.hidden),
+        }
     norm = (model.hidden,)
     embedding_format = model.quant if model.quant in ("F32", "F16", "BF16") else "Q8_0"
     tensors = {

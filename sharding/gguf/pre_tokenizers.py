@@ -47,6 +47,7 @@ _NEWER = (
 
 PRE_TOKENIZERS = {
     "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
+    "dbrx": PreTokenizer((_LLAMA3 % r"\p{N}{1,3}",)),
     "gpt-2": PreTokenizer((_GPT2,)),
     "llama-bpe": PreTokenizer((_LLAMA3 % r"\p{N}{1,3}",), whole_words=True, add_bos=True),
     "qwen2": PreTokenizer((_LLAMA3 % r"\p{N}",)),

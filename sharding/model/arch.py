@@ -26,7 +26,8 @@ class Family:
     + D/2). `activation`: of the gate. `head_norms`: queries and keys are normed head by head before
     they turn. `post_norms`: what attention and feed-forward add is normed first.
     `scaled_embedding`: by the root of the hidden size. `windows`: layers may see but a window;
-    `global_every`: the last of so many sees all nevertheless, 0 if none does.
+    `global_every`: the last of so many sees all nevertheless, 0 if none does. `fused`: matrices
+    with the same input are one tensor in the file, too.
     """
 
     name: str
@@ -37,12 +38,14 @@ class Family:
     scaled_embedding: bool = False
     windows: bool = False
     global_every: int = 0
+    fused: bool = False
 
 
 _FAMILIES = (
     Family("llama", "adjacent", windows=True),
     Family("qwen2", "halves"),
     Family("qwen3", "halves", head_norms=True),
+    Family("phi3", "halves", windows=True, fused=True),
     Family("gemma", "halves", "gelu", scaled_embedding=True),
     Family(
         "gemma3", "halves", "gelu",

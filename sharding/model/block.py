@@ -11,7 +11,13 @@ from sharding.gguf.reader import GGUFFile
 from sharding.kernels import Kernels
 from sharding.kernels.block_weights import BlockWeights, HeadWeights
 from sharding.model.arch import ModelShape
-from sharding.model.tensors import ATTENTION_POST_NORM, FFN_POST_NORM, has_bias
+from sharding.model.tensors import (
+    ATTENTION_POST_NORM,
+    FFN_POST_NORM,
+    gate_up_tensors,
+    has_bias,
+    qkv_tensors,
+)
 from sharding.model.weights import load_vector
 
 
@@ -24,10 +30,10 @@ def load_block(file: GGUFFile, layer: int, shape: ModelShape, kernels: Kernels) 
 
     return BlockWeights(
         attn_norm_I=norm("attn_norm"),
-        qkv=kernels.pack(file, [f"{blk}attn_{part}.weight" for part in "qkv"]),
+        qkv=kernels.pack(file, [blk + name for name in qkv_tensors(family)]),
         attn_output=kernels.pack(file, [f"{blk}attn_output.weight"]),
         ffn_norm_I=norm("ffn_norm"),
-        gate_up=kernels.pack(file, [f"{blk}ffn_gate.weight", f"{blk}ffn_up.weight"]),
+        gate_up=kernels.pack(file, [blk + name for name in gate_up_tensors(family)]),
         ffn_down=kernels.pack(file, [f"{blk}ffn_down.weight"]),
         eps=shape.norm_eps,
         window=shape.window_of(layer),

@@ -9,13 +9,23 @@ from collections.abc import Container, Iterator
 
 from sharding.errors import CorruptFileError, UnsupportedModelError
 from sharding.gguf.reader import GGUFFile
-from sharding.model.arch import ModelShape
+from sharding.model.arch import Family, ModelShape
 
 EMBEDDING = "token_embd.weight"
 OUTPUT_NORM = "output_norm.weight"
 OUTPUT = "output.weight"
 ROPE_FACTORS = "rope_freqs.weight"
 ATTENTION_POST_NORM, FFN_POST_NORM = "post_attention_norm", "post_ffw_norm"
+
+
+def qkv_tensors(family: Family) -> tuple[str, ...]:
+    """The tensors within a layer that make queries, keys and values, in this order."""
+    return ("attn_qkv.weight",) if family.fused else tuple(f"attn_{part}.weight" for part in "qkv")
+
+
+def gate_up_tensors(family: Family) -> tuple[str, ...]:
+    """The tensors within a layer that make gates and what they let through, in this order."""
+    return ("ffn_up.weight",) if family.fused else ("ffn_gate.weight", "ffn_up.weight")
 
 
 def _biases(shape: ModelShape) -> dict[str, tuple[int, ...]]:
@@ -32,17 +42,16 @@ def has_bias(file: GGUFFile, layer: int) -> bool:
 def _layer_tensors(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Names within a layer (after `blk.N.`) and shapes in GGUF order: columns first."""
     hidden, ffn, family = shape.hidden, shape.ffn, shape.family
+    queries, keys = shape.q_features, shape.kv_features
+    rows = (queries + 2 * keys, 2 * ffn) if family.fused else (queries, keys, keys, ffn, ffn)
     tensors: dict[str, tuple[int, ...]] = {
         "attn_norm.weight": (hidden,),
-        "attn_q.weight": (hidden, shape.q_features),
-        "attn_k.weight": (hidden, shape.kv_features),
-        "attn_v.weight": (hidden, shape.kv_features),
-        "attn_output.weight": (shape.q_features, hidden),
+        "attn_output.weight": (queries, hidden),
         "ffn_norm.weight": (hidden,),
-        "ffn_gate.weight": (hidden, ffn),
-        "ffn_up.weight": (hidden, ffn),
         "ffn_down.weight": (ffn, hidden),
     }
+    names = *qkv_tensors(family), *gate_up_tensors(family)
+    tensors |= {name: (hidden, count) for name, count in zip(names, rows, strict=True)}
     if family.head_norms:
         tensors["attn_q_norm.weight"] = tensors["attn_k_norm.weight"] = (shape.head_dim,)
     if family.post_norms:

@@ -17,6 +17,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -35,11 +37,13 @@ NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
+    "self_attn.qkv_proj": "attn_qkv",
     "self_attn.o_proj": "attn_output",
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
+    "mlp.gate_up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
@@ -185,6 +189,16 @@ def test_yarn_equals_that_of_transformers(factor: float, kernels: str) -> None:
         "rope.scaling.original_context_length": trained,
     }
     check_logits(Qwen3ForCausalLM(config), "qwen3", kernels, keys)
+
+
+@on_both_sets
+def test_phi3_equals_that_of_transformers(kernels: str) -> None:
+    torch.manual_seed(14)
+    config = Phi3Config(
+        **SIZES, num_key_value_heads=2, sliding_window=20, pad_token_id=0, eos_token_id=1
+    )
+    keys = {"attention.sliding_window": 20}
+    check_logits(Phi3ForCausalLM(config), "phi3", kernels, keys)
 
 
 @on_both_sets

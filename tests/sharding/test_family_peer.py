@@ -36,6 +36,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("qwen2", {}),
     ("qwen3", {}),
     ("qwen3", {f"rope.scaling.{key}": value for key, value in YARN.items()}),
+    ("phi3", {"rope.dimension_count": 8}),
     ("gemma", {}),
     ("gemma3", GEMMA3),
     ("gemma3", GEMMA3 | {"rope.freq_base_swa": 5000.0, "attention.sliding_window_pattern": 3}),
@@ -48,7 +49,8 @@ def test_log_probabilities_are_those_of_llama_cpp(
 ) -> None:
     """Every token's, after a first token and after more than a window."""
     named = {f"{family}.{key}": value for key, value in keys.items()}
-    head_dim = None if family == "qwen2" else 32  # llama.cpp reads no other there
+    # llama.cpp reads no other there.
+    head_dim = None if family in ("qwen2", "phi3") else 32
     path = tmp_path / "tiny.gguf"
     path.write_bytes(
         tiny_model(family=family, layers=8, quant="F32", head_dim=head_dim, extra_metadata=named)

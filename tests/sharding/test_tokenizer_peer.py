@@ -197,7 +197,7 @@ def test_gemma3_may_write_struck_out_html(gemma3_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "pre", ["llama-bpe", "falcon3", "qwen2", "deepseek-r1-qwen", "gpt-2", "default"]
+    "pre", ["llama-bpe", "falcon3", "qwen2", "deepseek-r1-qwen", "dbrx", "gpt-2", "default"]
 )
 def test_other_pre_tokenizers_equal_llama_cpp(pre: str, smollm2_path: Path, tmp_path: Path) -> None:
     """SmolLM2's vocabulary, cut by the regexes of other families. Without its `add_bos_token`, so

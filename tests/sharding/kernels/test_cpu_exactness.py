@@ -279,7 +279,7 @@ def test_logits_are_the_same_for_any_stages_and_chunks(name: str) -> None:
         assert torch.equal(chunked_logits(load_stages(file, 1), tokens, chunk), expected), chunk
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma", "gemma3"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "phi3", "gemma", "gemma3"])
 def test_logits_of_every_family_are_the_same_for_any_stages_and_chunks(family: str) -> None:
     """One layer of three sees everything, where a family has windows."""
     keys = {"gemma3.attention.sliding_window": 20, "gemma3.attention.sliding_window_pattern": 3}
