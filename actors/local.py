@@ -93,6 +93,7 @@ def stage_specs(model: str, planned: ModelPlan) -> list[StageSpec]:
             planned.kernels,
             planned.stretch,
             plan.window_pages,
+            planned.context,
         )
         for stage in plan.stages
     ]

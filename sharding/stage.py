@@ -27,8 +27,8 @@ from sharding.model.block import load_block
 from sharding.model.kv_cache import PageStore
 from sharding.model.rope import rope_of
 from sharding.model.sampling import History, takes_likeliest
-from sharding.model.tensors import EMBEDDING, OUTPUT_NORM, ROPE_FACTORS, check_tensors
-from sharding.model.weights import load_head, load_vector
+from sharding.model.tensors import EMBEDDING, OUTPUT_NORM, check_tensors
+from sharding.model.weights import load_factors, load_head, load_vector
 from sharding.stage_spec import StageSpec
 
 
@@ -97,8 +97,7 @@ class Stage:
         self.shape = read_shape(file.metadata, spec.stretch)
         check_tensors(file, self.shape)
         self.kernels: Kernels = load_kernels(spec.kernels)
-        factors = load_vector(file, ROPE_FACTORS) if ROPE_FACTORS in file.tensors else None
-        self._rope = rope_of(self.shape, factors)
+        self._rope = rope_of(self.shape, load_factors(file, self.shape, spec.context))
         self._embedding = self.kernels.pack(file, [EMBEDDING]) if self.is_first else None
         self._blocks = list(self._load_blocks(file, report))
         self._output: Weight | None = None

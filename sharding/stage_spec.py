@@ -12,7 +12,8 @@ class StageSpec:
     """Layers `[start, stop)` of the model file `model`, and so many KV pages.
 
     `window_pages`: those of layers with a window, if the model mixes such with others. `stretch`:
-    see `sharding.model.rotation`.
+    see `sharding.model.rotation`. `context`: most tokens of a request; some models turn otherwise
+    where that is more than they were first trained for.
     """
 
     model: str
@@ -22,3 +23,4 @@ class StageSpec:
     kernels: str
     stretch: Stretch | None = None
     window_pages: int = 0
+    context: int = 0

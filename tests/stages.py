@@ -30,13 +30,14 @@ def load_stages(
     pages: int = 64,
     kernels: str = "cpu",
     stretch: Stretch | None = None,
+    context: int = 256,
 ) -> list[Stage]:
     """The model in so many stages of about equally many layers."""
     layers = read_shape(file.metadata).layers
     borders = [layers * number // stages for number in range(stages + 1)]
     name = str(file.paths[0])
     return [
-        Stage(StageSpec(name, *border, pages, kernels, stretch, pages), file)
+        Stage(StageSpec(name, *border, pages, kernels, stretch, pages, context), file)
         for border in pairwise(borders)
     ]
 

@@ -133,8 +133,9 @@ class TinyModel(msgspec.Struct, forbid_unknown_fields=True):
     `family`: the architecture, with whatever else its blocks have. `head_dim`: hidden / heads by
     default. `vocab`: entries, filled up with unused tokens; as few as the tokenizer needs by
     default. `quant`: format of all matrices but the embedding, which is Q8_0 beside quantised ones.
-    `tied`: no `output.weight`. `chat_template`: None for none. `extra_metadata`: keys to add or
-    replace, or to drop where the value is None.
+    `longrope`: factors for long and for short contexts. `tied`: no `output.weight`.
+    `chat_template`: None for none. `extra_metadata`: keys to add or replace, or to drop where the
+    value is None.
     """
 
     family: str = "llama"
@@ -150,6 +151,7 @@ class TinyModel(msgspec.Struct, forbid_unknown_fields=True):
     seed: int = 0
     tied: bool = True
     rope_freqs: bool = False
+    longrope: bool = False
     chat_template: str | None = CHATML
     tokenizer: Literal["bpe", "spm"] = "bpe"
     extra_metadata: dict[str, Any] | None = None
@@ -202,48 +204,69 @@ _POST_NORMS = ("gemma3",)
 
 def _tensors(model: TinyModel, vocab: int) -> dict[str, Tensor]:
     rng = np.random.default_rng(model.seed)
-    head_dim = model.head_dim or model.hidden // model.heads
-    queries, keys = head_dim * model.heads, head_dim * model.kv_heads
-    shapes = {
-        "attn_q": (model.hidden, queries),
-        "attn_k": (model.hidden, keys),
-        "attn_v": (model.hidden, keys),
-        "attn_output": (queries, model.hidden),
-        "ffn_gate": (model.hidden, model.ffn),
-        "ffn_up": (model.hidden, model.ffn),
-        "ffn_down": (model.ffn, model.hidden),
-    }
-    if model.family in _FUSED:
-        shapes = {
-            "attn_qkv": (model.hidden, queries + 2 * keys),
-            "attn_output": (queries, model.hidden),
-            "ffn_up": (model.hidden, 2 * model.ffn),
-            "ffn_down": (model.ffn, model.hidden),
-        }
-    norm = (model.hidden,)
     embedding_format = model.quant if model.quant in ("F32", "F16", "BF16") else "Q8_0"
     tensors = {
         "token_embd.weight": random_weight(rng, (model.hidden, vocab), embedding_format),
-        "output_norm.weight": _vector(rng, norm),
+        "output_norm.weight": _vector(rng, (model.hidden,)),
     }
-    if model.rope_freqs:
-        factors = np.linspace(1, 8, head_dim // 2, dtype=np.float32)
-        tensors["rope_freqs.weight"] = (factors, factors.shape, "F32")
+    tensors |= _rope_factors(model)
     if not model.tied:
         tensors["output.weight"] = random_weight(rng, (model.hidden, vocab), model.quant)
-    norms = {"attn_norm": norm, "ffn_norm": norm}
-    if model.family in _POST_NORMS:
-        norms |= {"post_attention_norm": norm, "post_ffw_norm": norm}
-    if model.family in _HEAD_NORMS:
-        norms |= {"attn_q_norm": (head_dim,), "attn_k_norm": (head_dim,)}
+    norms, matrices = _layer_norms(model), _layer_matrices(model)
     for layer in range(model.layers):
         for name, vector in norms.items():
             tensors[f"blk.{layer}.{name}.weight"] = _vector(rng, vector)
-        for name, shape in shapes.items():
+        for name, shape in matrices.items():
             tensors[f"blk.{layer}.{name}.weight"] = random_weight(rng, shape, model.quant)
             if model.family in _QKV_BIAS and name in ("attn_q", "attn_k", "attn_v"):
                 tensors[f"blk.{layer}.{name}.bias"] = _vector(rng, shape[1:], around=0.0)
     return tensors
+
+
+def _head_dim(model: TinyModel) -> int:
+    return model.head_dim or model.hidden // model.heads
+
+
+def _layer_matrices(model: TinyModel) -> dict[str, tuple[int, int]]:
+    hidden, ffn = model.hidden, model.ffn
+    queries, keys = (_head_dim(model) * heads for heads in (model.heads, model.kv_heads))
+    if model.family in _FUSED:
+        return {
+            "attn_qkv": (hidden, queries + 2 * keys),
+            "attn_output": (queries, hidden),
+            "ffn_up": (hidden, 2 * ffn),
+            "ffn_down": (ffn, hidden),
+        }
+    return {
+        "attn_q": (hidden, queries),
+        "attn_k": (hidden, keys),
+        "attn_v": (hidden, keys),
+        "attn_output": (queries, hidden),
+        "ffn_gate": (hidden, ffn),
+        "ffn_up": (hidden, ffn),
+        "ffn_down": (ffn, hidden),
+    }
+
+
+def _layer_norms(model: TinyModel) -> dict[str, tuple[int]]:
+    norm, head = (model.hidden,), (_head_dim(model),)
+    norms = {"attn_norm": norm, "ffn_norm": norm}
+    if model.family in _POST_NORMS:
+        norms |= {"post_attention_norm": norm, "post_ffw_norm": norm}
+    if model.family in _HEAD_NORMS:
+        norms |= {"attn_q_norm": head, "attn_k_norm": head}
+    return norms
+
+
+def _rope_factors(model: TinyModel) -> dict[str, Tensor]:
+    most = {"rope_freqs": 8} if model.rope_freqs else {}
+    if model.longrope:
+        most |= {"rope_factors_long": 16, "rope_factors_short": 2}
+    pairs = _head_dim(model) // 2
+    return {
+        f"{name}.weight": (np.linspace(1, last, pairs, dtype=np.float32), (pairs,), "F32")
+        for name, last in most.items()
+    }
 
 
 def _vector(rng: np.random.Generator, shape: tuple[int, ...], around: float = 1.0) -> Tensor:

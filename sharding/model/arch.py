@@ -129,7 +129,6 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "final_logit_softcapping": (0,),
     "logit_scale": (0, 1),
     "residual_scale": (0, 1),
-    "rope.scaling.attn_factor": (1,),
     "rope.scaling.beta_fast": (32,),
     "rope.scaling.beta_slow": (1,),
     "rope.scaling.extrapolation_factor": (1,),

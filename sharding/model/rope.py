@@ -54,8 +54,8 @@ class Rope:
 
 
 def rope_of(shape: ModelShape, factors_R: torch.Tensor | None) -> Rope:
-    """A model's; `factors_R` divide all frequencies (the tensor `rope_freqs.weight` of Llama
-    3.1)."""
+    """A model's; `factors_R` divide all frequencies (the tensor `rope_freqs.weight` of Llama 3.1,
+    or LongRoPE's)."""
     freqs_NR = torch.stack([_frequencies(each, shape.rope_dims) for each in shape.rotations])
     if factors_R is not None:
         freqs_NR = freqs_NR / factors_R.double()
@@ -86,6 +86,8 @@ def _kept(yarn: Yarn, base: float, dims: int) -> torch.Tensor:
 
 
 def _gain(rotation: Rotation) -> float:
-    """YaRN's correction for scores that spread over more tokens, half of it in the queries and half
-    in the keys."""
-    return 1.0 if rotation.yarn is None else 0.1 * math.log(max(1.0, rotation.scale)) + 1.0
+    """With YaRN's correction for scores that spread over more tokens, half of it in the queries and
+    half in the keys."""
+    if rotation.yarn is None:
+        return rotation.gain
+    return rotation.gain * (0.1 * math.log(max(1.0, rotation.scale)) + 1.0)

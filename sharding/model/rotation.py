@@ -25,14 +25,22 @@ class Yarn:
 @dataclass(frozen=True)
 class Rotation:
     """How fast pairs turn: `base` to the power of minus their share of the head; positions are
-    divided by `scale`, all pairs' or as `yarn` says."""
+    divided by `scale`, all pairs' or as `yarn` says. Cosines and sines are times `gain`.
+
+    `longrope`: the file must have factors for each pair (LongRoPE, Ding et al., 2024), which it may
+    in any case: some for contexts of up to `trained` tokens, others for longer ones.
+    """
 
     base: float
     scale: float = 1.0
     yarn: Yarn | None = None
+    gain: float = 1.0
+    longrope: bool = False
+    trained: int = 0
 
 
 ROPE_SCALINGS = ("none", "linear", "yarn")
+LONGROPE = "longrope"  # only a file can ask for it: it has the factors
 
 
 @dataclass(frozen=True)
@@ -74,11 +82,13 @@ def read_rotations(read: KeyReader, two: bool) -> tuple[Rotation, ...]:
     `CorruptFileError` and `UnsupportedModelError`.
     """
     scale, yarn = _scaling(read)
+    gain = read.real("rope.scaling.attn_factor", 1.0)
     former = read.real("rope.global.freq_base", 10000.0) if two else 10000.0
     base = read.real("rope.freq_base", former)
     if yarn and base <= 1:
         raise CorruptFileError(f"{read.prefix}.rope.freq_base of {base:g} under YaRN")
-    rotation = Rotation(base, scale, yarn)
+    longrope = read.metadata.get(_kind(read)) == LONGROPE
+    rotation = Rotation(base, scale, yarn, gain, longrope, _trained(read))
     if not two:
         return (rotation,)
     own = read.real("rope.freq_base_swa", read.real("rope.local.freq_base", 10000.0))
@@ -91,22 +101,31 @@ def _scaling(read: KeyReader) -> tuple[float, Yarn | None]:
     A factor without a type is a linear one, and older files call it `rope.scale_linear`. One of 0
     stands for none.
     """
-    kind = read.metadata.get(f"{read.prefix}.rope.scaling.type", "linear")
-    if kind == "none":
+    kind = read.metadata.get(_kind(read), "linear")
+    if kind in ("none", LONGROPE):
         return 1.0, None
     if kind not in ROPE_SCALINGS:
         raise UnsupportedModelError(
             f"rotary scaling of type {kind!r:.60} is not supported; supported: "
-            f"{', '.join(ROPE_SCALINGS)}"
+            f"{', '.join((*ROPE_SCALINGS, LONGROPE))}"
         )
     scale = _factor(read)
     if kind == "linear":
         return scale, None
-    trained = read.whole("rope.scaling.original_context_length", read.whole("context_length"))
+    trained = _trained(read)
     turns = [read.real(f"rope.scaling.yarn_beta_{name}", usual) for name, usual in _TURNS.items()]
     if max(turns) > MOST_CONTEXT:
         raise CorruptFileError(f"{read.prefix}.rope.scaling: pairs that turn {max(turns):g} times")
     return scale, Yarn(trained, *turns)
+
+
+def _trained(read: KeyReader) -> int:
+    """The context that a model was trained for before it learned a longer one."""
+    return read.whole("rope.scaling.original_context_length", read.whole("context_length"))
+
+
+def _kind(read: KeyReader) -> str:
+    return f"{read.prefix}.rope.scaling.type"
 
 
 _TURNS = {"fast": 32.0, "slow": 1.0}
@@ -121,6 +140,6 @@ def _factor(read: KeyReader) -> float:
 
 def _unstretched(read: KeyReader) -> int:
     """The context before the file's own scaling: that is contained in what it says."""
-    stretched = read.metadata.get(f"{read.prefix}.rope.scaling.type", "linear") != "none"
+    stretched = read.metadata.get(_kind(read), "linear") != "none"
     context = read.whole("context_length")
     return max(1, int(context / _factor(read))) if stretched else context

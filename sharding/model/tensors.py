@@ -15,6 +15,7 @@ EMBEDDING = "token_embd.weight"
 OUTPUT_NORM = "output_norm.weight"
 OUTPUT = "output.weight"
 ROPE_FACTORS = "rope_freqs.weight"
+LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
 ATTENTION_POST_NORM, FFN_POST_NORM = "post_attention_norm", "post_ffw_norm"
 
 
@@ -68,6 +69,10 @@ def _expected(
     yield OUTPUT_NORM, (shape.hidden,), True
     yield OUTPUT, (shape.hidden, shape.vocab), False
     yield ROPE_FACTORS, (shape.rope_dims // 2,), False
+    two = (LONG_FACTORS, SHORT_FACTORS)
+    longrope = shape.rotations[0].longrope or any(name in present for name in two)
+    for name in two:
+        yield name, (shape.rope_dims // 2,), longrope
     inside, biases = _layer_tensors(shape), _biases(shape)
     for layer in range(shape.layers):
         for name, dims in inside.items():

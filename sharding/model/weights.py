@@ -11,13 +11,22 @@ import torch
 from sharding.gguf.quants import dequantise
 from sharding.gguf.reader import GGUFFile
 from sharding.kernels import Kernels, Weight
-from sharding.model.tensors import EMBEDDING, OUTPUT
+from sharding.model.arch import ModelShape
+from sharding.model.tensors import EMBEDDING, LONG_FACTORS, OUTPUT, ROPE_FACTORS, SHORT_FACTORS
 
 
 def load_vector(file: GGUFFile, name: str) -> torch.Tensor:
     """A norm or factor tensor, float32 `[N]`."""
     info = file.tensors[name]
     return torch.from_numpy(np.array(dequantise(info.format, file.raw(name)))).reshape(-1)
+
+
+def load_factors(file: GGUFFile, shape: ModelShape, context: int) -> torch.Tensor | None:
+    """What divides the frequencies of rotary pairs, float32 `[R]`, for requests of up to so many
+    tokens; None for a model without."""
+    own = LONG_FACTORS if context > shape.rotations[0].trained else SHORT_FACTORS
+    found = next((name for name in (ROPE_FACTORS, own) if name in file.tensors), None)
+    return None if found is None else load_vector(file, found)
 
 
 def load_head(file: GGUFFile, kernels: Kernels, embedding: Weight | None) -> Weight:

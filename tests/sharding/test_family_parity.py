@@ -62,10 +62,12 @@ def pairs_adjacent(weight: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, 
     return halves.swapaxes(1, 2).reshape(rows, cols)
 
 
-def to_gguf(model: torch.nn.Module, family: str, keys: dict[str, Any]) -> GGUFFile:
+def to_gguf(
+    model: torch.nn.Module, family: str, keys: dict[str, Any], more: dict[str, Any]
+) -> GGUFFile:
     """The same weights under GGUF's names, in float32, as llama.cpp's converter changes them."""
     config: Any = model.config
-    tensors: dict[str, Any] = {}
+    tensors: dict[str, Any] = dict(more)
     for name, value in model.state_dict().items():
         weight = value.numpy().astype(np.float32)
         _, *where, kind = name.split(".")
@@ -121,6 +123,7 @@ def check_logits(
     family: str = "llama",
     kernels: str = "cpu",
     keys: dict[str, Any] | None = None,
+    more: dict[str, Any] | None = None,
 ) -> None:
     """The logits of 50 random tokens, in chunks over two stages."""
     model = model.float().eval()
@@ -130,7 +133,7 @@ def check_logits(
     tokens = torch.randint(0, 300, (50,)).tolist()
     with torch.inference_mode():
         expected = model(torch.tensor([tokens])).logits[0]
-    file = to_gguf(model, family, keys or {})
+    file = to_gguf(model, family, keys or {}, more or {})
     found = chunked_logits(load_stages(file, 2, kernels=kernels), tokens, 16)
     assert (found - expected).abs().max() / expected.abs().max() < TOLERANCE
 
@@ -199,6 +202,40 @@ def test_phi3_equals_that_of_transformers(kernels: str) -> None:
     )
     keys = {"attention.sliding_window": 20}
     check_logits(Phi3ForCausalLM(config), "phi3", kernels, keys)
+
+
+@pytest.mark.parametrize("trained", [16, 256])
+def test_longrope_equals_that_of_transformers(trained: int) -> None:
+    """Other factors for contexts beyond what it was first trained for; the test's has 50 tokens,
+    and 256 may come."""
+    torch.manual_seed(15)
+    long, short = [1.0 + pair for pair in range(8)], [1.0 + pair / 8 for pair in range(8)]
+    scaling = {
+        "rope_type": "longrope",
+        "long_factor": long,
+        "short_factor": short,
+        "attention_factor": 1.2,
+        "original_max_position_embeddings": trained,
+        "rope_theta": 10000.0,
+    }
+    config = Phi3Config(
+        **SIZES,
+        num_key_value_heads=2,
+        original_max_position_embeddings=trained,
+        rope_parameters=scaling,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    keys = {
+        "rope.scaling.type": "longrope",
+        "rope.scaling.attn_factor": 1.2,
+        "rope.scaling.original_context_length": trained,
+    }
+    factors = {
+        f"rope_factors_{name}.weight": (np.array(values, np.float32), (8,), "F32")
+        for name, values in (("long", long), ("short", short))
+    }
+    check_logits(Phi3ForCausalLM(config), "phi3", keys=keys, more=factors)
 
 
 @on_both_sets

@@ -30,6 +30,7 @@ GEMMA3 = {
     "rope.scaling.type": "linear",
     "rope.scaling.factor": 8.0,
 }
+LONGROPE = {"rope.scaling.attn_factor": 1.2, "rope.scaling.original_context_length": 64}
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),
     ("llama", {f"rope.scaling.{key}": value for key, value in YARN.items()}),
@@ -37,6 +38,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("qwen3", {}),
     ("qwen3", {f"rope.scaling.{key}": value for key, value in YARN.items()}),
     ("phi3", {"rope.dimension_count": 8}),
+    ("phi3", LONGROPE),
+    ("phi3", LONGROPE | {"rope.scaling.original_context_length": 256}),
     ("gemma", {}),
     ("gemma3", GEMMA3),
     ("gemma3", GEMMA3 | {"rope.freq_base_swa": 5000.0, "attention.sliding_window_pattern": 3}),
@@ -53,7 +56,14 @@ def test_log_probabilities_are_those_of_llama_cpp(
     head_dim = None if family in ("qwen2", "phi3") else 32
     path = tmp_path / "tiny.gguf"
     path.write_bytes(
-        tiny_model(family=family, layers=8, quant="F32", head_dim=head_dim, extra_metadata=named)
+        tiny_model(
+            family=family,
+            layers=8,
+            quant="F32",
+            head_dim=head_dim,
+            longrope="rope.scaling.attn_factor" in keys,
+            extra_metadata=named,
+        )
     )
     tokens = torch.randint(3, 200, (70,), generator=torch.Generator().manual_seed(1)).tolist()
     with GGUFFile.open(path) as file:

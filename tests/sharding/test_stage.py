@@ -343,7 +343,7 @@ ELSEWHERE = [
     ("logit_scale", 0.25, 1.0),
     ("embedding_scale", 12.0, 1.0),
     ("residual_scale", 0.2, 0.0),
-    ("rope.scaling.attn_factor", 1.2, 1.0),
+    ("rope.scaling.yarn_ext_factor", 0.5, 1.0),
     ("attention.clamp_kqv", 8.0, 0.0),
     ("use_parallel_residual", True, False),
 ]
@@ -412,6 +412,15 @@ def test_older_files_of_gemma3_name_their_rotations_otherwise() -> None:
     data = tiny_model(family="gemma3", extra_metadata=keys)
     shape = read_shape(GGUFFile.from_bytes(data).metadata)
     assert [rotation.base for rotation in shape.rotations] == [1e6, 20000.0]
+
+
+def test_factors_for_long_contexts_come_with_those_for_short_ones() -> None:
+    file = tiny(longrope=True)
+    del file.tensors["rope_factors_short.weight"]
+    with pytest.raises(CorruptFileError, match="rope_factors_short.weight is missing"):
+        load_stages(file, 1)
+    with pytest.raises(CorruptFileError, match="rope_factors_long.weight is missing"):
+        load_stages(tiny(extra_metadata={"llama.rope.scaling.type": "longrope"}), 1)
 
 
 @pytest.mark.parametrize(
