@@ -64,7 +64,7 @@ class PageStore:
         head_dim: int,
         device: torch.device | None = None,
     ) -> None:
-        # One allocation for all: what is large lies in large pages of the system's.
+        # One allocation for all layers: what rounding and headers cost, they cost once.
         keys = _lazy_zeros((sum(pages), kv_heads, head_dim, PAGE_SLOTS), device)
         values = _lazy_zeros((sum(pages), kv_heads, PAGE_SLOTS, head_dim), device)
         parts = zip(keys.split(list(pages)), values.split(list(pages)), strict=True)

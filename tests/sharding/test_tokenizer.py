@@ -370,7 +370,7 @@ def test_ids_outside_the_vocabulary_are_refused(token_id: int) -> None:
     ("keys", "told"),
     [
         ({"model": "bert"}, r"model 'bert' is not supported; supported: gpt2, llama"),
-        ({"pre": "viking"}, r"pre 'viking' .*: default, .*llama-bpe, .*qwen2, smollm, tekken"),
+        ({"pre": "viking"}, r"pre 'viking' .*: dbrx, .*llama-bpe, .*qwen2, smollm, tekken"),
     ],
 )
 def test_an_unknown_tokenizer_is_named_with_those_that_work(
