@@ -203,6 +203,11 @@ def rows() -> Iterator[Kernel]:
         {"scaled": "fp64", "best": "fp64", "ids": "i32", "seed": "i64", "position": "i64"},
         {"SIZE": triton_rows.DRAW_BLOCK},
     )
+
+
+def activations() -> Iterator[Kernel]:
+    """The kernels that make what products take: digits and halves; what finishes a product."""
+    x = {"x": "fp32"}
     digits = {"digits": "i8", "factors": "fp32"}
     size: Constants = {"N": 8, "BLOCKS": triton_products.Tiles().blocks}
     yield Kernel("digits", triton_digits._digits, x | digits, size)
@@ -263,7 +268,7 @@ def main(
 ) -> None:
     """Compile every kernel and look at the code."""
     report = Report("triton_code", keep)
-    for kernel in (*products(), *attentions(), *rows()):
+    for kernel in (*products(), *attentions(), *rows(), *activations()):
         if not only or any(part in kernel.name for part in only):
             found: dict[str, float] = dict(figures(kernel.compile(capability)))
             if kernel.weights:

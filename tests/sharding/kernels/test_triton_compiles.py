@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="Triton is for Linux on x86-64")
 
 from tests.sharding.kernels.uninterpreted import rows_of
 
-ROWS = ("norm", "silu", "rotate", "draw", "digits", "halve", "finish", "gather", "round")
+ROWS = ("norm", "gated", "rotate", "draw", "digits", "halve", "finish", "gather", "round")
 
 
 @pytest.mark.parametrize(
