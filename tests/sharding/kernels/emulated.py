@@ -19,6 +19,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
 from sharding.kernels import (
     triton_attention,
@@ -58,7 +59,7 @@ class Emulated:
 
     capability = 90
 
-    def __init__(self, function: Any) -> None:  # noqa: ANN401  # Triton's own
+    def __init__(self, function: JITFunction[Any]) -> None:
         self._function = function
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
