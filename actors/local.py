@@ -99,7 +99,7 @@ def stage_specs(model: str, planned: ModelPlan) -> list[StageSpec]:
     ]
 
 
-def plan_limits(planned: ModelPlan, max_waiting: int) -> Limits:
+def plan_limits(planned: ModelPlan, max_waiting: int, prefix_cache: bool = True) -> Limits:
     """What the scheduler may count on under a plan."""
     return Limits(
         context=planned.context,
@@ -110,6 +110,8 @@ def plan_limits(planned: ModelPlan, max_waiting: int) -> Limits:
         even_depth=planned.even_depth,
         window_pages=planned.plan.window_pages,
         ring=planned.plan.ring_pages,
+        window=planned.plan.window,
+        prefix_cache=prefix_cache,
     )
 
 

@@ -1,20 +1,29 @@
-"""Page bookkeeping: which KV pages are free, which request owns the others. Pure, no tensors.
+"""Page bookkeeping: which KV pages are free, which requests use the others, and of which tokens a
+full page holds the KV. Pure, no tensors.
 
 One pool serves all stages: page p of a request is page p on every stage, each for its own layers.
 So one allocation reserves everywhere, and one release frees everywhere. Reuse before the last batch
 in flight has run is safe: every stage takes batches in order, so a new owner's writes come after
 the old owner's.
 
-Models some of whose layers have a window have a second pool for those. A request needs no more of
-its pages than hold the window and the longest chunk, however long it grows.
+A full page keeps its KV when its request ends, under a key that stands for every token up to its
+end. A request that begins with the same tokens uses that page too, and only reads it. While nobody
+uses it, it counts as free: when no blank page is left, the one that was left longest ago is
+written anew.
+
+Models some of whose layers have a window have a second pool for those (`windows.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from array import array
+from collections import OrderedDict
+from collections.abc import Sequence
+from hashlib import blake2b
 
 from sharding.batch import PAGE_SLOTS
+
+_KEY_BYTES = 32  # so many that nobody finds two texts of one key: KV must not leak between users
 
 
 def pages_for(tokens: int) -> int:
@@ -22,106 +31,138 @@ def pages_for(tokens: int) -> int:
     return -(-tokens // PAGE_SLOTS)
 
 
+class PageKeys:
+    """The keys of a request's full pages, in order: each is a hash of all tokens up to the page's
+    end, so that equal keys mean equal KV."""
+
+    def __init__(self, salt: str = "") -> None:
+        """Requests of different `salt` share nothing."""
+        self.keys: list[bytes] = []
+        self._last = blake2b(salt.encode(errors="surrogatepass"), digest_size=_KEY_BYTES).digest()
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Add the tokens that follow; the last of them that fill no page are left out."""
+        data = array("q", tokens).tobytes()
+        size = PAGE_SLOTS * array("q").itemsize
+        for start in range(0, len(data) - size + 1, size):
+            page = data[start : start + size]
+            self._last = blake2b(self._last + page, digest_size=_KEY_BYTES).digest()
+            self.keys.append(self._last)
+
+
 class PagePool:
     """Owner of the page numbers `[0, pages)`."""
 
     def __init__(self, pages: int) -> None:
         self.pages = pages
-        self._free = list(range(pages - 1, -1, -1))
+        self._blank = list(range(pages - 1, -1, -1))
+        self._unused: OrderedDict[int, None] = OrderedDict()  # with a key; left longest ago first
         self._owned: dict[int, list[int]] = {}
+        self._users: dict[int, int] = {}
+        self._page_of: dict[bytes, int] = {}
+        self._key_of: dict[int, bytes] = {}
 
     @property
     def free(self) -> int:
-        """Pages that nobody owns."""
-        return len(self._free)
+        """Pages that nobody uses."""
+        return len(self._blank) + len(self._unused)
 
-    def reserve(self, request: int, tokens: int) -> list[int] | None:
-        """Pages for so many tokens, or None when not enough are free now."""
+    @property
+    def kept(self) -> int:
+        """Of these, the pages whose KV is kept."""
+        return len(self._unused)
+
+    def find(self, keys: Sequence[bytes], start: int = 0) -> int:
+        """How many of the first `keys` have a page, without a gap; the first `start` do."""
+        for count in range(start, len(keys)):
+            if keys[count] not in self._page_of:
+                return count
+        return len(keys)
+
+    def reserve(self, request: int, tokens: int, keys: Sequence[bytes] = ()) -> list[int] | None:
+        """Pages for so many tokens, or None when not enough are free now. The first are those of
+        `keys`, all of which have one."""
         assert request not in self._owned, f"request {request} owns pages already"
-        count = pages_for(tokens)
-        if count > len(self._free):
+        shared = [self._page_of[key] for key in keys]
+        fresh = pages_for(tokens) - len(shared)
+        assert fresh >= 0, f"{len(shared)} pages are more than {tokens} tokens need"
+        if fresh > self.free - sum(page in self._unused for page in shared):
             return None
-        pages = [self._free.pop() for _ in range(count)]
+        for page in shared:
+            self._use(page)
+        pages = shared + [self._take() for _ in range(fresh)]
         self._owned[request] = pages
-        return pages
+        return list(pages)
+
+    def share(self, request: int, keys: Sequence[bytes], start: int) -> list[int]:
+        """Give up the request's own pages from number `start` on for those of the keys from there
+        on, all of which have one; returns its pages."""
+        pages = self._owned[request]
+        for index in range(start, len(keys)):
+            self._leave(pages[index])
+            pages[index] = self._page_of[keys[index]]
+            self._use(pages[index])
+        return list(pages)
+
+    def keep(self, request: int, index: int, key: bytes) -> None:
+        """A request's page is full: its KV is what `key` stands for. If another page has that KV
+        already, this one goes without a key."""
+        page = self._owned[request][index]
+        if key not in self._page_of:
+            assert page not in self._key_of, f"page {page} is full already"
+            self._page_of[key], self._key_of[page] = page, key
 
     def release(self, request: int) -> None:
-        """Free what the request owns."""
-        self._free.extend(reversed(self._owned.pop(request)))
+        """The request uses its pages no more. The last of them are written anew first: they are of
+        no use without those before them."""
+        for page in reversed(self._owned.pop(request)):
+            self._leave(page)
+
+    def forget(self) -> None:
+        """The KV is gone: no page has a key any more."""
+        self._blank.extend(self._unused)
+        self._unused.clear()
+        self._page_of.clear()
+        self._key_of.clear()
+
+    def _take(self) -> int:
+        if self._blank:
+            page = self._blank.pop()
+        else:
+            page, _ = self._unused.popitem(last=False)
+            del self._page_of[self._key_of.pop(page)]
+        self._users[page] = 1
+        return page
+
+    def _use(self, page: int) -> None:
+        self._unused.pop(page, None)
+        self._users[page] = self._users.get(page, 0) + 1
+
+    def _leave(self, page: int) -> None:
+        self._users[page] -= 1
+        if self._users[page]:
+            return
+        del self._users[page]
+        if page in self._key_of:
+            self._unused[page] = None
+        else:
+            self._blank.append(page)
 
     def check_integrity(self) -> None:
-        """Prove the books: every page is free or owned by one request, and by one only."""
-        listed = sorted(self._free + [page for pages in self._owned.values() for page in pages])
+        """Prove the books: every page is blank, kept or somebody's, and only what has a key is more
+        than one request's."""
+        users: dict[int, int] = {}
+        for pages in self._owned.values():
+            assert len(set(pages)) == len(pages), "a request has a page twice"
+            for page in pages:
+                users[page] = users.get(page, 0) + 1
+        assert users == self._users, "a page's users are miscounted"
+        listed = sorted([*self._blank, *self._unused, *users])
         assert listed == list(range(self.pages)), "a page is lost or owned twice"
-
-
-@dataclass(frozen=True)
-class Reserved:
-    """A request's pages, and those for layers with a window."""
-
-    pages: list[int]
-    window_pages: list[int] = field(default_factory=list)
-
-
-class PagePools:
-    """The pool of all layers, and that of layers with a window: `window_pages` of which a request
-    takes at most `ring`; both 0 where there is none."""
-
-    def __init__(self, pages: int, window_pages: int = 0, ring: int = 0) -> None:
-        self._whole = PagePool(pages)
-        self._window = PagePool(window_pages)
-        self._ring = ring
-
-    @property
-    def pages(self) -> int:
-        """Of all layers."""
-        return self._whole.pages
-
-    @property
-    def free(self) -> int:
-        """Pages of all layers that nobody owns."""
-        return self._whole.free
-
-    @property
-    def window_pages(self) -> int:
-        """Of layers with a window."""
-        return self._window.pages
-
-    @property
-    def window_free(self) -> int:
-        """Of these, the pages that nobody owns."""
-        return self._window.free
-
-    @property
-    def idle(self) -> bool:
-        """Whether nobody owns any."""
-        return all(pool.free == pool.pages for pool in (self._whole, self._window))
-
-    def fit(self, requests: Iterable[int]) -> bool:
-        """Whether there is room now for requests of so many tokens, all of them."""
-        tokens = list(requests)
-        whole = sum(pages_for(count) for count in tokens)
-        window = sum(self._of_window(count) for count in tokens)
-        return whole <= self._whole.free and window <= self._window.free
-
-    def reserve(self, request: int, tokens: int) -> Reserved | None:
-        """Pages for so many tokens, or None when not enough are free now."""
-        if not self.fit([tokens]):
-            return None
-        pages = self._whole.reserve(request, tokens)
-        window = self._window.reserve(request, self._of_window(tokens) * PAGE_SLOTS)
-        assert pages is not None and window is not None, "free pages are gone"
-        return Reserved(pages, window)
-
-    def release(self, request: int) -> None:
-        """Free what the request owns."""
-        self._whole.release(request)
-        self._window.release(request)
-
-    def check_integrity(self) -> None:
-        """Prove the books of both."""
-        self._whole.check_integrity()
-        self._window.check_integrity()
-
-    def _of_window(self, tokens: int) -> int:
-        return min(pages_for(tokens), self._ring)
+        keys = {page: key for key, page in self._page_of.items()}
+        assert keys == self._key_of and len(keys) == len(self._page_of), "keys and pages differ"
+        assert keys.keys() >= self._unused.keys(), "a page is kept without a key"
+        assert not keys.keys() & set(self._blank), "a blank page has a key"
+        assert all(page in keys for page, count in users.items() if count > 1), (
+            "a page without a key is two requests'"
+        )

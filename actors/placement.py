@@ -73,6 +73,7 @@ class PlacementConfig:
     wanted: Wanted
     threads: int | None = None
     max_waiting: int = 256
+    prefix_cache: bool = True
 
 
 class RayStages:
@@ -244,7 +245,9 @@ class RayStages:
             back.close()
         self._spares.keep_soon(nodes if self._plan.kernels != "triton" else ())
         pipeline = SocketPipeline(front, last, len(self._actors))
-        return ReadyPipeline(pipeline, plan_limits(self._plan, self._config.max_waiting), epoch)
+        config = self._config
+        limits = plan_limits(self._plan, config.max_waiting, config.prefix_cache)
+        return ReadyPipeline(pipeline, limits, epoch)
 
     def stats(self) -> list[StageStats]:
         """What each stage holds; empty while one cannot answer."""

@@ -21,7 +21,8 @@ class GenerateRequest(msgspec.Struct, frozen=True):
 
     `request_id`: unique among running requests. `prompt`: at least one token id. `max_tokens`: most
     tokens to draw; 0 only scores the prompt. `prompt_logprobs`: log-probabilities of the prompt's
-    own tokens with that many alternatives, or None.
+    own tokens with that many alternatives, or None. `cached`: whether KV of earlier requests that
+    began alike may be used, of those with the same `cache_salt`.
     """
 
     request_id: str
@@ -29,6 +30,8 @@ class GenerateRequest(msgspec.Struct, frozen=True):
     max_tokens: int
     sampling: SamplingParams = SamplingParams()
     prompt_logprobs: int | None = None
+    cached: bool = True
+    cache_salt: str = ""
 
 
 class Event(msgspec.Struct, frozen=True):
@@ -36,13 +39,14 @@ class Event(msgspec.Struct, frozen=True):
 
     `tokens`: drawn since the last event (a drawn stop token is included, as the last).
     `prompt_scores`: one choice for each prompt token but the first, as far as computed since the
-    last event. `prompt_done`: prompt tokens computed so far. `error`: the message of an engine
-    failure; the answer is incomplete.
+    last event. `prompt_done`: prompt tokens computed so far, with `cached_tokens` that were there
+    already. `error`: the message of an engine failure; the answer is incomplete.
     """
 
     tokens: list[Choice] = []
     prompt_scores: list[Choice] = []
     prompt_done: int = 0
+    cached_tokens: int = 0
     finish_reason: str | None = None
     error: str | None = None
 

@@ -6,17 +6,19 @@ the same steps. How long steps took is in their results.
 
 A request waits until KV for prompt and answer is reserved on all stages, then its prompt enters in
 chunks (several may be in flight: chunk k+1 needs nothing back from chunk k), then it has one token
-in flight at a time.
+in flight at a time. Where full pages hold the KV of what it begins with, it starts behind them; and
+while another request computes such pages, it waits for them.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from actors.pages import PagePools
-from actors.request import LENGTH, STOP, Event, GenerateRequest, Sink
+from actors.request import Event, GenerateRequest, Sink
+from actors.running import Running
+from actors.windows import PagePools
 from sharding.batch import (
     CHUNK,
     PAGE_SLOTS,
@@ -38,47 +40,12 @@ MOST_PASSING = 32
 """Requests that may be admitted before an older one that needs more memory than is free."""
 
 
-@dataclass(eq=False)
-class _Running:
-    """A request with its drawn tokens. `sent` tokens of prompt and answer entered the pipeline;
-    `passed`: how many that came later were admitted before it."""
-
-    number: int
-    request: GenerateRequest
-    sink: Sink
-    drawn: list[int] = field(default_factory=list)
-    sent: int = 0
-    done: int = 0
-    passed: int = 0
-
-    def __post_init__(self) -> None:
-        self.stops = frozenset(self.request.sampling.stop_ids)
-
-    @property
-    def tokens(self) -> int:
-        """That its KV has room for."""
-        return len(self.request.prompt) + self.request.max_tokens
-
-    @property
-    def prefilling(self) -> bool:
-        return self.left > 0
-
-    @property
-    def left(self) -> int:
-        """Tokens of its prompt that did not enter the pipeline yet."""
-        return len(self.request.prompt) - self.sent
-
-    @property
-    def decodable(self) -> bool:
-        """Its newest token was drawn and has not entered the pipeline yet."""
-        return bool(self.drawn) and self.sent < len(self.request.prompt) + len(self.drawn)
-
-
 @dataclass(frozen=True)
 class Limits:
     """`context`: tokens of one request. `pages`: KV of all. `in_flight`: groups of decodes.
     `chunk`: tokens of a step. `even_depth`: where a prompt's token takes twice as long as at its
-    beginning. `window_pages`, `ring`: see `PagePools`."""
+    beginning. `window_pages`, `ring`, `window`: see `PagePools`. `prefix_cache`: whether the KV of
+    full pages is kept for later requests."""
 
     context: int
     pages: int
@@ -88,6 +55,8 @@ class Limits:
     even_depth: int = 1 << 62
     window_pages: int = 0
     ring: int = 0
+    window: int = 0
+    prefix_cache: bool = True
 
     @property
     def most_tokens(self) -> int:
@@ -100,15 +69,18 @@ class Scheduler:
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self.pool = PagePools(limits.pages, limits.window_pages, limits.ring)
+        self.pool = PagePools(limits.pages, limits.window_pages, limits.ring, limits.window)
         self.steps = 0
         self.prompt_tokens = 0
+        self.cached_tokens = 0
         self.drawn_tokens = 0
-        self._waiting: deque[_Running] = deque()
-        self._running: dict[int, _Running] = {}
-        self._entries: dict[str, _Running] = {}
+        self._waiting: deque[Running] = deque()
+        self._running: dict[int, Running] = {}
+        self._entries: dict[str, Running] = {}
         self._next_number = 0
         self._closed: list[int] = []
+        self._coming: dict[bytes, Running] = {}  # who computes the page of a key
+        self._may_admit = False  # something changed since nobody could be
         self._token_s = 0.0  # of a prompt; 0 until one was read
 
     @property
@@ -136,9 +108,10 @@ class Scheduler:
         assert request.prompt, "serving lets no empty prompt through"
         assert request.request_id not in self._entries, f"{request.request_id} is running"
         self._next_number += 1
-        entry = _Running(self._next_number, request, sink)
+        entry = Running(self._next_number, request, sink, self.limits.prefix_cache)
         self._entries[request.request_id] = entry
         self._waiting.append(entry)
+        self._may_admit = True
         sink(Event())
 
     def _all_fit(self, tokens: int) -> bool:
@@ -158,13 +131,15 @@ class Scheduler:
             self._end(entry)
             entry.sink(Event(error=message))
         self._closed.clear()
+        self.pool.forget()
 
     def next_step(self) -> Batch | None:
         """The next batch, or None when nothing can start before a result comes back."""
-        opened = self._admit()
+        self._admit()
         segments = self._decode_segments()
-        segments += self._prompt_segments(self.limits.chunk - len(segments))
-        if not (segments or opened or self._closed):
+        opened, chunks = self._prompt_segments(self.limits.chunk - len(segments))
+        segments += chunks
+        if not (segments or self._closed):
             return None
         batch = Batch(self.steps, closed=self._closed, opened=opened, segments=segments)
         self._closed = []
@@ -183,17 +158,18 @@ class Scheduler:
             if entry is not None:
                 self._advance(entry, segment, found)
 
-    def _admit(self) -> list[Opened]:
+    def _admit(self) -> None:
         """First come, first served; while one finds no room, those behind it that do pass it. Not
         for ever: after `MOST_PASSING` of them it is next."""
-        opened: list[Opened] = []
-        first: _Running | None = None
+        if not self._may_admit:
+            return
+        self._may_admit = False
+        first: Running | None = None
         tried = 0
         for entry in list(self._waiting):
             if first is not None and max(first.passed, tried) >= MOST_PASSING:
                 break
-            prompt = entry.request.prompt
-            reserved = self.pool.reserve(entry.number, entry.tokens)
+            reserved = self.pool.reserve(entry.number, entry.tokens, entry.findable)
             if reserved is None:
                 first, tried = first or entry, tried + 1
                 continue
@@ -201,10 +177,7 @@ class Scheduler:
                 first.passed += 1
             self._waiting.remove(entry)
             self._running[entry.number] = entry
-            pages, window_pages = reserved.pages, reserved.window_pages
-            sampling = entry.request.sampling
-            opened.append(Opened(entry.number, pages, len(prompt), sampling, window_pages))
-        return opened
+            entry.start_behind(reserved)
 
     def _decode_segments(self) -> list[Segment]:
         """One token of each request that has one, but no more than its share of the requests.
@@ -226,13 +199,14 @@ class Scheduler:
             entry.sent += 1
         return segments
 
-    def _prompt_segments(self, budget: int) -> list[Segment]:
+    def _prompt_segments(self, budget: int) -> tuple[list[Opened], list[Segment]]:
         """The oldest prompt first, but half of the budget to those that are much shorter: a
         question need not wait until a book is read, nor the book for an endless row of questions.
         """
-        reading = [entry for entry in self._running.values() if entry.prefilling]
+        prefilling = [entry for entry in self._running.values() if entry.prefilling]
+        reading = [entry for entry in prefilling if not self._awaits_pages(entry)]
         if not reading:
-            return []
+            return [], []
         shorter = [entry for entry in reading[1:] if 2 * entry.left <= reading[0].left]
         shorter.sort(key=lambda entry: entry.left)
         takes = dict.fromkeys((entry.number for entry in reading), 0)
@@ -242,14 +216,64 @@ class Scheduler:
                 more = max(0, min(most - given, entry.left - takes[entry.number]))
                 takes[entry.number] += more
                 given += more
+        fed = [entry for entry in reading if takes[entry.number]]
+        opened = [self._open(entry) for entry in fed if not entry.opened]
         segments = []
-        for entry in reading:
-            if takes[entry.number]:
-                segments.append(_chunk(entry, takes[entry.number]))
-                entry.sent += takes[entry.number]
-        return segments
+        for entry in fed:
+            segments.append(entry.chunk(takes[entry.number]))
+            entry.sent += takes[entry.number]
+            entry.fed = self.steps
+        return opened, segments
 
-    def _in_time(self, budget: int, oldest: _Running) -> int:
+    def _awaits_pages(self, entry: Running) -> bool:
+        """Whether the next page of a prompt that has not begun is being computed for another
+        request. It first takes those that have been computed since it was admitted."""
+        if entry.opened or not self.pool.shared_while_used:
+            return False
+        keys, filled = entry.findable, entry.reserved.filled
+        reserved = self.pool.share(entry.number, keys, filled)
+        if reserved.filled > filled:
+            entry.start_behind(reserved)
+            self._may_admit = True
+        if reserved.filled == len(keys):
+            return False
+        leader = self._coming.get(keys[reserved.filled])
+        # One that others keep from going on is not worth waiting for.
+        return leader is not None and self.steps - leader.fed <= self.limits.in_flight + 1
+
+    def _open(self, entry: Running) -> Opened:
+        """Its first tokens go to the stages: it needs no more of others' pages, they may of its."""
+        request, reserved = entry.request, entry.reserved
+        self.cached_tokens += entry.sent
+        for key in entry.keys[entry.kept :]:
+            self._coming.setdefault(key, entry)
+        known = request.prompt[: entry.sent] if request.sampling.needs_history else []
+        return Opened(
+            entry.number,
+            reserved.pages,
+            len(request.prompt),
+            request.sampling,
+            reserved.window_pages,
+            known,
+        )
+
+    def _keep_full(self, entry: Running) -> None:
+        """Give the pages that are full now their keys."""
+        full = entry.done // PAGE_SLOTS
+        if not self.limits.prefix_cache or full == entry.kept:
+            return
+        for index, key in enumerate(entry.keys_to(full)[entry.kept :], entry.kept):
+            self.pool.keep(entry.number, index, key)
+        self._give_up(entry, full)
+        entry.kept, self._may_admit = full, True
+
+    def _give_up(self, entry: Running, stop: int) -> None:
+        """Nobody needs to wait any more for its pages up to number `stop`."""
+        for key in entry.keys[entry.kept : stop]:
+            if self._coming.get(key) is entry:
+                del self._coming[key]
+
+    def _in_time(self, budget: int, oldest: Running) -> int:
         """So many tokens of a prompt that a step takes `_STEP_S` on a stage, where others wait for
         their next token: as many steps as are in flight are what they feel. But no fewer than a
         sixteenth of a chunk, since small ones cost the prompt much."""
@@ -280,21 +304,22 @@ class Scheduler:
         )
         self._token_s = (self._token_s + found) / 2 if self._token_s else found
 
-    def _advance(self, entry: _Running, segment: Segment, found: SegmentResult) -> None:
+    def _advance(self, entry: Running, segment: Segment, found: SegmentResult) -> None:
         if found.error is not None:
             self._fail(entry.number, found.error)
             return
         prompt = len(entry.request.prompt)
         entry.done = segment.start + len(segment.tokens)
+        self._keep_full(entry)
         self.prompt_tokens += max(0, min(prompt, entry.done) - segment.start)
         tokens = [] if found.drawn is None else [found.drawn]
         entry.drawn += [choice.token for choice in tokens]
         self.drawn_tokens += len(tokens)
-        reason = _finish_reason(entry)
+        reason = entry.finish_reason
         if reason is not None:
             self._end(entry)
         done = min(entry.done, prompt)
-        entry.sink(Event(tokens, found.scores, done, finish_reason=reason))
+        entry.sink(Event(tokens, found.scores, done, entry.cached_tokens, reason))
 
     def _fail(self, number: int, message: str) -> None:
         entry = self._running.get(number)
@@ -302,13 +327,16 @@ class Scheduler:
             self._end(entry)
             entry.sink(Event(error=message))
 
-    def _end(self, entry: _Running) -> None:
+    def _end(self, entry: Running) -> None:
         del self._entries[entry.request.request_id]
+        self._may_admit = True
         if self._running.pop(entry.number, None) is None:
             self._waiting.remove(entry)
             return
-        self.pool.release(entry.number)
-        self._closed.append(entry.number)
+        self._give_up(entry, len(entry.keys))
+        self.pool.release(entry.number, entry.keys[: entry.kept], entry.sent)
+        if entry.opened:
+            self._closed.append(entry.number)
 
     def check_integrity(self) -> None:
         """Prove the books; with nothing running or waiting, no page and no name may be held."""
@@ -316,27 +344,4 @@ class Scheduler:
         assert len(self._entries) == len(self._running) + len(self._waiting)
         if not self._running:
             assert self.pool.idle, "pages without an owner"
-
-
-def _chunk(entry: _Running, tokens: int) -> Segment:
-    """The next piece of a prompt; its last piece draws the first token."""
-    prompt, start = entry.request.prompt, entry.sent
-    stop = start + tokens
-    scored = entry.request.prompt_logprobs
-    return Segment(
-        entry.number,
-        start,
-        prompt[start:stop],
-        sample=stop == len(prompt) and entry.request.max_tokens > 0,
-        targets=[] if scored is None else prompt[start + 1 : stop + 1],
-        alternatives=scored or 0,
-    )
-
-
-def _finish_reason(entry: _Running) -> str | None:
-    request = entry.request
-    if entry.done < len(request.prompt):
-        return None
-    if entry.drawn and entry.drawn[-1] in entry.stops:
-        return STOP
-    return LENGTH if len(entry.drawn) >= request.max_tokens else None
+            assert not self._coming, "pages that nobody computes"

@@ -34,18 +34,22 @@ class StageStats(msgspec.Struct, frozen=True):
 
 
 class EngineStats(msgspec.Struct, frozen=True):
-    """The engine's books, counted from its start. `epoch` grows with each repair. `window_pages`:
-    those of layers with a window, where these have pages of their own."""
+    """The engine's books, counted from its start. `epoch` grows with each repair. `pages_kept`:
+    free pages that hold KV for requests that begin alike. `window_pages`: those of layers with a
+    window, where these have pages of their own. `cached_tokens`: of prompts, beside the
+    `prompt_tokens` that were computed."""
 
     epoch: int
     waiting: int = 0
     running: int = 0
     pages: int = 0
     pages_free: int = 0
+    pages_kept: int = 0
     window_pages: int = 0
     window_pages_free: int = 0
     steps: int = 0
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     drawn_tokens: int = 0
     in_flight: int = 0
     context: int = 0

@@ -212,9 +212,14 @@ async def _pieces(
 
 def _usage(job: Job, texts: list[AnswerText]) -> Usage:
     drawn = sum(text.drawn for text in texts)
+    # Of a prompt with several choices, what none of them had to read.
+    cached = sum(
+        min(text.cached_tokens for text in texts[first : first + job.choices])
+        for first in range(0, len(texts), job.choices)
+    )
     return Usage(
         prompt_tokens=job.prompt_tokens,
         completion_tokens=drawn,
         total_tokens=job.prompt_tokens + drawn,
-        prompt_tokens_details=PromptDetails(),
+        prompt_tokens_details=PromptDetails(cached_tokens=cached),
     )

@@ -67,7 +67,12 @@ class EngineReplica:
             stretch=config.stretch,
         )
         placement = PlacementConfig(
-            resolve_model(config.model), config.stages, wanted, config.threads, config.max_waiting
+            resolve_model(config.model),
+            config.stages,
+            wanted,
+            config.threads,
+            config.max_waiting,
+            config.prefix_cache,
         )
         node = ray.get_runtime_context().get_node_id()
         self._feeds = Feeds(node, ray.util.get_node_ip_address())

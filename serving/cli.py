@@ -188,6 +188,9 @@ def serve(
     threads: Annotated[int | None, typer.Option(help="CPU threads of each stage.")] = None,
     model_name: Annotated[str | None, typer.Option(help="Name that clients ask for.")] = None,
     max_waiting: Annotated[int | None, typer.Option(help="Requests that may wait.")] = None,
+    prefix_cache: Annotated[
+        bool | None, typer.Option(help="Keep KV for requests that begin alike; on by default.")
+    ] = None,
     chunk: Chunk = None,
     ingress_replicas: Annotated[int | None, typer.Option(help="HTTP processes.")] = None,
     kernels: KernelSet = "auto",
@@ -210,6 +213,7 @@ def serve(
         "threads": threads,
         "model_name": model_name or (model if model in MODELS else None),
         "max_waiting": max_waiting,
+        "prefix_cache": prefix_cache,
         "chunk": chunk,
         "ingress_replicas": ingress_replicas,
         "kernels": _known_kernels(kernels),

@@ -19,6 +19,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -73,6 +74,11 @@ class ServeConfig(BaseModel):
     )
     max_waiting: int = Field(
         default=256, ge=1, description="Requests that may wait; one more is answered with 429"
+    )
+    prefix_cache: bool = Field(
+        default=True,
+        description="Whether the KV of prompts and answers is kept while nobody needs its memory, "
+        "for requests that begin alike",
     )
     chunk: int | None = Field(
         default=None,
@@ -135,9 +141,9 @@ class ServeConfig(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _refuse_truth_values(cls, value: object) -> object:
-        # No option is a switch, and pydantic would read YAML's `stages: yes` as 1.
-        if isinstance(value, bool):
+    def _refuse_truth_values(cls, value: object, info: ValidationInfo) -> object:
+        # pydantic would read YAML's `stages: yes` as 1.
+        if isinstance(value, bool) and info.field_name != "prefix_cache":
             raise ValueError(f"{str(value).lower()} is neither a number nor a text")
         return value
 

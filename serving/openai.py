@@ -86,6 +86,12 @@ class GenerationRequest(_Request):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
+    cache_prompt: bool | None = Field(
+        None, description="False: read all of the prompt, also what the KV is there of already."
+    )
+    cache_salt: Annotated[str, Field(min_length=1, max_length=1000)] | None = Field(
+        None, description="Share KV only with requests of the same salt."
+    )
 
 
 class TextPart(_Request):

@@ -31,7 +31,6 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "allowed_token_ids": _OFF,
     "audio": _OFF,
     "bad_words": _OFF,
-    "cache_salt": _OFF,
     "chat_template": _OFF,
     "chat_template_kwargs": _OFF,
     "continue_final_message": _OFF,
@@ -85,7 +84,7 @@ silence would look like support."""
 class Job:
     """One HTTP request for answers, ready for the engine.
 
-    `requests`: one for each answer, all choices of the first prompt first. `skip`: leave special
+    `requests`: one for each answer, all `choices` of the first prompt first. `skip`: leave special
     tokens out of the text. `prompt_tokens`: of all prompts, each counted once.
     """
 
@@ -93,6 +92,7 @@ class Job:
     created: int
     model: ServedModel
     requests: list[GenerateRequest]
+    choices: int
     stops: list[str]
     skip: bool
     include_usage: bool
@@ -196,6 +196,8 @@ def build_job(
                     max_tokens=max_tokens,
                     sampling=_seeded(sampling, body.seed, choice),
                     prompt_logprobs=scores.prompt,
+                    cached=body.cache_prompt is not False,
+                    cache_salt=body.cache_salt or "",
                 )
             )
     return Job(
@@ -203,6 +205,7 @@ def build_job(
         created=int(time.time()),
         model=service.model,
         requests=requests,
+        choices=n,
         stops=[body.stop] if isinstance(body.stop, str) else body.stop or [],
         skip=body.skip_special_tokens is not False,
         include_usage=bool(body.stream_options and body.stream_options.include_usage),

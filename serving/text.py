@@ -107,6 +107,7 @@ class AnswerText:
     ) -> None:
         """`skip`: leave special tokens out of the text."""
         self.drawn = 0
+        self.cached_tokens = 0
         self.finish_reason: FinishReason | None = None
         self._decoder = tokenizer.incremental(skip_special=skip, continues=True)
         self._sampling, self._stop_ids = sampling, frozenset(sampling.stop_ids)
@@ -119,6 +120,7 @@ class AnswerText:
     def take(self, event: Event) -> Piece:
         """The news in `event`. A piece with a finish reason is the last, whatever the engine still
         sends: tokens behind a stop string are neither counted nor shown."""
+        self.cached_tokens = max(self.cached_tokens, event.cached_tokens)
         for choice in event.tokens:
             self.drawn += 1
             if choice.token in self._stop_ids:

@@ -50,7 +50,9 @@ class Opened(msgspec.Struct, frozen=True):
     """A request enters the stages: its page table for prompt and answer, reserved as a whole.
 
     `window_pages`: where layers with a window have pages of their own, those of this request, which
-    its tokens fill in turn: what falls out of the window is written over.
+    its tokens fill in turn: what falls out of the window is written over. `known`: if its draws
+    depend on the tokens before them, those of the prompt that no segment brings, as their KV is
+    there.
     """
 
     request: int
@@ -58,6 +60,7 @@ class Opened(msgspec.Struct, frozen=True):
     prompt_tokens: int
     sampling: SamplingParams
     window_pages: list[int] = []
+    known: list[int] = []
 
 
 class Segment(msgspec.Struct, frozen=True):

@@ -56,7 +56,8 @@ class Plan:
     `kv_tokens`: the same in whole pages of `page_slots`, which every stage holds for its layers.
 
     `window_pages`: what layers with a window hold instead, if others see all; a request takes at
-    most `ring_pages` of them. 0 where there are no such layers.
+    most `ring_pages` of them, which hold a `window` of tokens and a chunk. 0 where there are no
+    such layers.
     """
 
     stages: tuple[StagePlan, ...]
@@ -65,6 +66,7 @@ class Plan:
     page_slots: int
     window_pages: int = 0
     ring_pages: int = 0
+    window: int = 0
 
     @property
     def pages(self) -> int:
@@ -236,6 +238,7 @@ def _best(demand: _Demand, devices: Sequence[Device], most_work: float = inf) ->
         PAGE_SLOTS,
         demand.window_pages,
         demand.ring_pages,
+        demand.costs.shape.window if demand.ring_pages else 0,
     )
 
 

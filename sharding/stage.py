@@ -344,6 +344,7 @@ class Stage:
             return
         if entry.history is None:  # made here, where a full device costs a batch and not its books
             entry.history = History(self.shape.vocab, self.kernels.device)
+            entry.history.add_prompt(entry.opened.known)
         border = max(0, entry.opened.prompt_tokens - segment.start)
         entry.history.add_prompt(segment.tokens[:border])
         entry.history.add_output(segment.tokens[border:])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.pages import PagePool, PagePools, pages_for
+from actors.pages import PageKeys, PagePool, pages_for
 from sharding.batch import PAGE_SLOTS
 
 
@@ -38,16 +38,88 @@ def test_books_balance_after_any_sequence(events: list[tuple[int, int]]) -> None
     assert len(everything) == len(set(everything)) == pool.pages - pool.free
 
 
-def test_a_request_takes_no_more_window_pages_than_a_ring() -> None:
-    pools = PagePools(12, window_pages=5, ring=3)
-    long = pools.reserve(1, 8 * PAGE_SLOTS)
-    assert long is not None and (len(long.pages), len(long.window_pages)) == (8, 3)
-    assert pools.fit([2 * PAGE_SLOTS]) and not pools.fit([3 * PAGE_SLOTS])
-    assert pools.reserve(2, 3 * PAGE_SLOTS) is None  # four pages are free, but two for windows
-    short = pools.reserve(3, 2 * PAGE_SLOTS)
-    assert short is not None and not set(short.window_pages) & set(long.window_pages)
-    assert (pools.free, pools.idle) == (2, False)
-    pools.check_integrity()
-    pools.release(1)
-    pools.release(3)
-    assert pools.idle
+def keys_of(*pages: int, salt: str = "") -> list[bytes]:
+    """Keys of pages each of which is full of one token."""
+    names = PageKeys(salt)
+    for token in pages:
+        names.extend([token] * PAGE_SLOTS)
+    return names.keys
+
+
+def test_a_key_stands_for_all_tokens_up_to_its_page() -> None:
+    assert keys_of(1, 2)[:1] == keys_of(1, 3)[:1] == keys_of(1)
+    assert len({keys_of(1, 2)[1], keys_of(3, 2)[1], keys_of(1, 3)[1], keys_of(2)[0]}) == 4
+    assert not set(keys_of(1, 2)) & set(keys_of(1, 2, salt="another user"))
+
+
+def test_keys_are_the_same_however_the_tokens_came() -> None:
+    tokens = list(range(3 * PAGE_SLOTS + 5))
+    whole, parts = PageKeys(), PageKeys()
+    whole.extend(tokens)
+    parts.extend(tokens[: 2 * PAGE_SLOTS])
+    parts.extend(tokens[2 * PAGE_SLOTS :])
+    assert whole.keys == parts.keys and len(whole.keys) == 3
+
+
+def test_a_full_page_is_found_after_its_request() -> None:
+    pool, keys = PagePool(4), keys_of(1, 2)
+    pages = pool.reserve(1, 2 * PAGE_SLOTS)
+    assert pages is not None and pool.find(keys) == 0
+    pool.keep(1, 0, keys[0])
+    assert pool.find(keys) == 1, "the second page is not full yet"
+    pool.release(1)
+    assert (pool.free, pool.kept) == (4, 1)
+    again = pool.reserve(2, 2 * PAGE_SLOTS, keys[:1])
+    assert again is not None and again[0] == pages[0]
+    assert (pool.free, pool.kept) == (2, 0)
+    pool.check_integrity()
+
+
+def test_two_requests_use_a_page_until_both_have_ended() -> None:
+    pool, keys = PagePool(3), keys_of(1)
+    pool.reserve(1, 2 * PAGE_SLOTS)
+    pool.keep(1, 0, keys[0])
+    assert pool.reserve(2, 2 * PAGE_SLOTS, keys) is not None, "one page is enough for what is new"
+    assert pool.free == 0
+    pool.release(1)
+    pool.check_integrity()
+    assert (pool.free, pool.kept) == (1, 0)
+    pool.release(2)
+    assert (pool.free, pool.kept) == (3, 1)
+
+
+def test_pages_left_longest_ago_are_written_anew_first() -> None:
+    pool, old, new = PagePool(4), keys_of(1, 2), keys_of(3, 4)
+    for request, keys in ((1, old), (2, new)):
+        pool.reserve(request, 2 * PAGE_SLOTS)
+        for index, key in enumerate(keys):
+            pool.keep(request, index, key)
+        pool.release(request)
+    assert pool.reserve(3, PAGE_SLOTS) is not None
+    assert (pool.find(old), pool.find(new)) == (1, 2)
+    assert pool.reserve(4, 2 * PAGE_SLOTS) is not None
+    assert (pool.find(old), pool.find(new)) == (0, 1)
+    pool.check_integrity()
+
+
+def test_what_a_request_finds_is_not_also_counted_as_free_for_it() -> None:
+    pool, keys = PagePool(3), keys_of(1, 2)
+    pool.reserve(1, 2 * PAGE_SLOTS)
+    for index, key in enumerate(keys):
+        pool.keep(1, index, key)
+    pool.release(1)
+    assert pool.reserve(2, 4 * PAGE_SLOTS, keys) is None
+    assert (pool.free, pool.find(keys)) == (3, 2), "nothing was taken"
+    assert pool.reserve(2, 3 * PAGE_SLOTS, keys) is not None
+    pool.check_integrity()
+
+
+def test_nothing_is_found_once_the_kv_is_gone() -> None:
+    pool, keys = PagePool(3), keys_of(1, 2)
+    pool.reserve(1, 2 * PAGE_SLOTS)
+    pool.keep(1, 0, keys[0])
+    pool.forget()
+    pool.keep(1, 1, keys[1])
+    pool.release(1)
+    assert pool.find(keys) == 0 and pool.free == 3
+    pool.check_integrity()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from functools import partial
+from zlib import crc32
 
 import pytest
 from hypothesis import given
@@ -24,9 +25,10 @@ from sharding.errors import BusyError, ContextLengthError
 
 
 def ask(name: str, prompt: int, answer: int, stop: int | None = None) -> GenerateRequest:
-    """A request whose prompt is 0, 1, 2, ..."""
-    stops = () if stop is None else (stop,)
-    return GenerateRequest(name, list(range(prompt)), answer, SamplingParams(stop_ids=stops))
+    """A request whose prompt begins like no other's."""
+    stops, first = () if stop is None else (stop,), crc32(name.encode())
+    tokens = list(range(first, first + prompt))
+    return GenerateRequest(name, tokens, answer, SamplingParams(stop_ids=stops))
 
 
 def drive(scheduler: Scheduler, token: int = 7, steps: int = 1000) -> list[Batch]:
@@ -322,8 +324,10 @@ def test_any_mix_of_requests_runs_to_its_end(
 ) -> None:
     """Each gets its tokens in order, no batch is over its budget, no page is left behind; also
     where layers with a window have pages of their own."""
-    windows = {"window_pages": max(ring, pages // 4), "ring": ring} if ring else {}
-    limits = Limits(PAGE_SLOTS * 8, pages, in_flight, chunk=chunk, **windows)
+    window_pages = max(ring, pages // 4) if ring else 0
+    limits = Limits(
+        PAGE_SLOTS * 8, pages, in_flight, chunk=chunk, window_pages=window_pages, ring=ring
+    )
     scheduler = Scheduler(limits)
     events: dict[str, list[Event]] = {}
     cancelled = set()

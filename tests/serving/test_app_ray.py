@@ -68,6 +68,24 @@ def test_a_stream_says_the_same_as_a_whole_answer(client: openai.OpenAI, served:
     assert "".join(pieces) == whole.choices[0].message.content
 
 
+def test_a_second_question_about_a_text_reads_only_the_question(
+    client: openai.OpenAI, served: Served
+) -> None:
+    text = "In those days the ship lay in the harbour, and nobody asked whose it was. " * 20
+    usages = []
+    for question in ("Whose was the ship?", "Where did it lie?"):
+        answer = client.completions.create(
+            model=served.model, prompt=text + question, temperature=0, max_tokens=4
+        )
+        assert answer.usage is not None and answer.usage.prompt_tokens_details is not None
+        usages.append(
+            (answer.usage.prompt_tokens, answer.usage.prompt_tokens_details.cached_tokens)
+        )
+    (_, first), (tokens, second) = usages
+    assert first == 0
+    assert tokens - 32 < (second or 0) < tokens
+
+
 def test_sixteen_streams_at_once_get_what_each_gets_alone(served: Served) -> None:
     async def ask(client: openai.AsyncOpenAI, number: int) -> str:
         stream = await client.completions.create(

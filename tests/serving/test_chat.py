@@ -56,6 +56,28 @@ def test_usage_counts_the_prompt_once_and_every_drawn_token() -> None:
     }
 
 
+def test_usage_tells_what_of_the_prompt_was_not_read_again() -> None:
+    """Of several choices, what none of them read: the first one reads for all."""
+    cached = iter([32, 48])
+
+    def script(request: GenerateRequest) -> Iterable[Step]:
+        yield ACCEPTED
+        yield Event(cached_tokens=next(cached), tokens=choices("a"))
+        yield Event(tokens=choices("b"), finish_reason=LENGTH)
+
+    usage = World(script).chat("abc", n=2).json()["usage"]
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 32}
+
+
+def test_what_clients_say_of_the_prefix_cache_reaches_the_engine() -> None:
+    world = World()
+    for fields in ({}, {"cache_prompt": False}, {"cache_salt": "me", "cache_prompt": True}):
+        assert world.chat(**fields).status_code == 200
+    asked = [(request.cached, request.cache_salt) for request in world.engine.requests]
+    assert asked == [(True, ""), (False, ""), (True, "me")]
+    assert error_of(world.chat(cache_salt=""))["param"] == "cache_salt"
+
+
 def test_the_length_limit_is_told() -> None:
     assert World(saying("He", LENGTH)).chat().json()["choices"][0]["finish_reason"] == "length"
 

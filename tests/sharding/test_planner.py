@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.pages import PagePools
+from actors.windows import PagePools
 from sharding.batch import PAGE_SLOTS
 from sharding.cost import ModelCosts, activation_bytes, buffer_bytes
 from sharding.errors import ConfigError, DoesNotFitError

@@ -1,0 +1,353 @@
+"""Requests that begin alike: what the second need not compute, and that it reads the right KV."""
+
+from __future__ import annotations
+
+from collections import deque
+from contextlib import closing
+from functools import partial
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from actors.request import Event, GenerateRequest
+from actors.scheduler import Limits, Scheduler
+from sharding.batch import PAGE_SLOTS, Batch, Result, SamplingParams
+from sharding.gguf.reader import GGUFFile
+from tests.actors.kv_memory import Memory
+from tests.actors.test_scheduler import answer, drive
+from tests.stages import local_engine
+from tests.tiny_gguf import tiny_model
+
+BOOK = list(range(1000, 1000 + 20 * PAGE_SLOTS))
+
+
+def ask(name: str, prompt: list[int], answer: int = 1) -> GenerateRequest:
+    return GenerateRequest(name, prompt, answer)
+
+
+def run(scheduler: Scheduler, request: GenerateRequest, token: int = 7) -> list[Event]:
+    """A request alone, to its end."""
+    events: list[Event] = []
+    scheduler.submit(request, events.append)
+    drive(scheduler, token)
+    scheduler.check_integrity()
+    assert events[-1].last and events[-1].error is None
+    return events
+
+
+def wide(in_flight: int = 1, pages: int = 256, chunk: int = 64) -> Scheduler:
+    return Scheduler(Limits(context=4096, pages=pages, in_flight=in_flight, chunk=chunk))
+
+
+def test_a_second_question_about_a_book_reads_only_the_question() -> None:
+    scheduler = wide()
+    first = run(scheduler, ask("first", [*BOOK, 1, 2, 3]))
+    assert first[-1].cached_tokens == 0
+    second = run(scheduler, ask("second", [*BOOK, 4, 5, 6, 7]))
+    assert second[-1].cached_tokens == len(BOOK)
+    assert scheduler.prompt_tokens == len(BOOK) + 3 + 4
+    assert scheduler.cached_tokens == len(BOOK)
+
+
+def test_the_next_turn_of_a_conversation_reads_only_what_is_new() -> None:
+    """The answer's tokens but the last are in the KV too."""
+    scheduler = wide()
+    run(scheduler, ask("turn 1", BOOK, 40), token=7)
+    said = [*BOOK, *[7] * 40]
+    turn = run(scheduler, ask("turn 2", [*said, 1, 2, 3]))
+    assert turn[-1].cached_tokens == len(BOOK) + 39 // PAGE_SLOTS * PAGE_SLOTS
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_the_last_token_of_a_prompt_is_always_computed(more: int) -> None:
+    """Its logits are what the answer is drawn from."""
+    scheduler = wide()
+    prompt = [*BOOK, *[1] * more]
+    run(scheduler, ask("first", prompt))
+    events = run(scheduler, ask("second", prompt))
+    assert events[-1].cached_tokens == (len(prompt) - 1) // PAGE_SLOTS * PAGE_SLOTS
+    assert sum(len(event.tokens) for event in events) == 1
+
+
+def test_choices_of_one_prompt_read_it_once() -> None:
+    """All come at the same moment; the others wait for what the first computes."""
+    scheduler = wide(in_flight=3)
+    heard: dict[str, list[Event]] = {name: [] for name in "abcd"}
+    for name, events in heard.items():
+        scheduler.submit(ask(name, [*BOOK, 1, 2], 3), events.append)
+    batches = fly(scheduler, 3)
+    assert sum(batch.n_tokens for batch in batches) == len(BOOK) + 4 * 2 + 4 * 2
+    assert [events[-1].cached_tokens for events in heard.values()] == [0] + [len(BOOK)] * 3
+
+
+def fly(scheduler: Scheduler, depth: int) -> list[Batch]:
+    """Run to the end with so many batches in flight."""
+    batches: list[Batch] = []
+    flying: deque[Batch] = deque()
+    while True:
+        while len(flying) < depth and (batch := scheduler.next_step()) is not None:
+            flying.append(batch)
+        if not flying:
+            scheduler.check_integrity()
+            return batches
+        batches.append(flying.popleft())
+        scheduler.apply(batches[-1], answer(batches[-1]))
+
+
+def test_shared_pages_leave_room_for_more_requests() -> None:
+    """Memory for one book and a half holds many questions about it."""
+    scheduler = wide(pages=30)
+    run(scheduler, ask("first", BOOK))
+    for number in range(4):
+        scheduler.submit(ask(str(number), [*BOOK, number], 8), lambda event: None)
+    scheduler.next_step()
+    assert (scheduler.running, scheduler.waiting) == (4, 0)
+
+
+def test_a_request_goes_on_alone_when_the_one_it_waited_for_is_cancelled() -> None:
+    scheduler = wide()
+    events: list[Event] = []
+    scheduler.submit(ask("first", [*BOOK, 1]), lambda event: None)
+    scheduler.submit(ask("second", [*BOOK, 2]), events.append)
+    for _ in range(2):
+        batch = scheduler.next_step()
+        assert batch is not None and len(batch.segments) == 1
+        scheduler.apply(batch, answer(batch))
+    scheduler.cancel("first")
+    drive(scheduler)
+    assert events[-1].finish_reason == "length"
+    assert events[-1].cached_tokens == 2 * 64
+    scheduler.check_integrity()
+
+
+def test_nobody_waits_for_a_request_that_others_hold_up() -> None:
+    """Who begins like a prompt that has begun waits for its pages, but not once shorter ones take
+    what that could have had."""
+    scheduler = wide()
+    ended: list[str] = []
+
+    def submit(name: str, prompt: list[int]) -> None:
+        scheduler.submit(ask(name, prompt), lambda event: ended.extend([name] * event.last))
+
+    def step() -> None:
+        batch = scheduler.next_step()
+        assert batch is not None
+        scheduler.apply(batch, answer(batch))
+
+    submit("slow", list(range(5000, 8000)))
+    submit("begun", BOOK)
+    step()
+    submit("short", BOOK[:64])
+    for turn in range(8):
+        for number in range(8):
+            first = 10_000 * (8 * turn + number + 1)
+            submit(f"other {first}", list(range(first, first + 60)))
+        step()
+    assert "short" in ended and "begun" not in ended
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        GenerateRequest("second", [*BOOK, 2], 1, cached=False),
+        GenerateRequest("second", [*BOOK, 2], 1, cache_salt="another user"),
+        GenerateRequest("second", [*BOOK, 2], 0, prompt_logprobs=0),
+        GenerateRequest("second", [2, *BOOK], 1),
+    ],
+    ids=["unwanted", "another salt", "every token is scored", "another beginning"],
+)
+def test_what_may_not_be_shared_is_read_whole(request_: GenerateRequest) -> None:
+    scheduler = wide()
+    run(scheduler, ask("first", [*BOOK, 1]))
+    assert run(scheduler, request_)[-1].cached_tokens == 0
+    assert scheduler.prompt_tokens == 2 * (len(BOOK) + 1)
+
+
+def test_equal_salts_share() -> None:
+    scheduler = wide()
+    for name, cached in (("first", 0), ("second", len(BOOK))):
+        request = GenerateRequest(name, [*BOOK, 1], 1, cache_salt="a user")
+        assert run(scheduler, request)[-1].cached_tokens == cached
+
+
+def test_the_cache_can_be_switched_off() -> None:
+    scheduler = Scheduler(Limits(4096, 256, in_flight=1, chunk=64, prefix_cache=False))
+    for name in ("first", "second"):
+        assert run(scheduler, ask(name, [*BOOK, 1], 40))[-1].cached_tokens == 0
+    assert (scheduler.pool.kept, scheduler.cached_tokens) == (0, 0)
+
+
+def test_nothing_is_left_of_a_pipeline_that_was_lost() -> None:
+    scheduler = wide()
+    run(scheduler, ask("first", [*BOOK, 1]))
+    scheduler.fail_all("a stage died")
+    assert run(scheduler, ask("second", [*BOOK, 2]))[-1].cached_tokens == 0
+
+
+def test_a_batch_that_failed_leaves_no_kv() -> None:
+    """Also not the later chunks of the same prompt that were in flight behind it."""
+    scheduler = wide(in_flight=3)
+    scheduler.submit(ask("first", [*BOOK, 1]), lambda event: None)
+    flying = [scheduler.next_step() for _ in range(3)]
+    results = [answer(batch) for batch in flying if batch]
+    results[1] = Result(results[1].step, error="no memory")
+    for batch, result in zip(flying, results, strict=True):
+        assert batch is not None
+        scheduler.apply(batch, result)
+    assert run(scheduler, ask("second", [*BOOK, 2]))[-1].cached_tokens == 64
+
+
+def test_penalties_know_the_tokens_that_are_not_computed() -> None:
+    """Stages count what passes them; the rest they are told, if they need it."""
+    scheduler = wide()
+    run(scheduler, ask("first", [*BOOK, 1]))
+    known = {}
+    for name, sampling in (
+        ("plain", SamplingParams()),
+        ("penal", SamplingParams(presence_penalty=1)),
+    ):
+        scheduler.submit(GenerateRequest(name, [*BOOK, 2], 1, sampling), lambda event: None)
+        known[name] = [opened.known for batch in drive(scheduler) for opened in batch.opened]
+    assert known == {"plain": [[]], "penal": [BOOK]}
+
+
+def test_progress_begins_behind_what_was_there() -> None:
+    scheduler = wide()
+    run(scheduler, ask("first", BOOK))
+    events = run(scheduler, ask("second", BOOK * 2))
+    assert [event.prompt_done for event in events[1:3]] == [len(BOOK) + 64, len(BOOK) + 128]
+
+
+def test_a_model_with_windows_goes_on_in_the_ring_of_the_last_turn() -> None:
+    limits = Limits(
+        4096, 256, in_flight=1, chunk=64, window_pages=40, ring=8, window=4 * PAGE_SLOTS
+    )
+    scheduler, memory = Scheduler(limits), Memory(window=4 * PAGE_SLOTS)
+    prompts: dict[int, list[int]] = {}
+    turns = [BOOK, [*BOOK, *[7] * 20, 1, 2, 3], [*BOOK, *[7] * 20, 1, 2, 3, *[7] * 20, 4]]
+    cached = []
+    for number, prompt in enumerate(turns, 1):
+        events: list[Event] = []
+        scheduler.submit(ask(str(number), prompt, 20), events.append)
+        prompts[number] = prompt
+        while (batch := scheduler.next_step()) is not None:
+            memory.run(batch, prompts)
+            scheduler.apply(batch, answer(batch))
+        cached.append(events[-1].cached_tokens)
+    assert cached == [0, len(BOOK) + PAGE_SLOTS, len(BOOK) + 2 * PAGE_SLOTS]
+
+
+pieces = st.lists(st.integers(0, 2), min_size=1, max_size=7)
+"""A prompt of up to seven pages of three kinds: many begin alike."""
+
+
+@settings(max_examples=150)
+@given(
+    asked=st.lists(
+        st.tuples(pieces, st.integers(0, 17), st.integers(0, 20), st.integers(0, 9)),
+        min_size=2,
+        max_size=14,
+    ),
+    in_flight=st.integers(1, 4),
+    pages=st.integers(10, 40),
+    chunk=st.integers(2, 70),
+    window=st.sampled_from([0, 0, 5, 16, 40]),
+    fail=st.sets(st.integers(0, 30), max_size=2),
+)
+def test_whatever_is_shared_every_request_reads_its_own_history(
+    asked: list[tuple[list[int], int, int, int]],
+    in_flight: int,
+    pages: int,
+    chunk: int,
+    window: int,
+    fail: set[int],
+) -> None:
+    """Prompts that begin alike, cancelled at any time, in a pool that is too small for all, over
+    batches some of which fail."""
+    ring = -(-(window + chunk - 1) // PAGE_SLOTS) if window else 0
+    limits = Limits(
+        10 * PAGE_SLOTS,
+        pages,
+        in_flight,
+        chunk=chunk,
+        window_pages=ring + pages // 4 if ring else 0,
+        ring=ring,
+        window=window,
+    )
+    scheduler, memory = Scheduler(limits), Memory(window)
+    waiting = deque(enumerate(asked, 1))
+    ended: set[str] = set()
+    prompts: dict[int, list[int]] = {}
+    cancel_at: dict[int, str] = {}
+    flying: deque[Batch] = deque()
+    for turn in range(3000):
+        if len(ended) == len(asked) and not flying:
+            break
+        if waiting and turn % 3 != 2:  # not all at once
+            number, (kinds, more, tokens, patience) = waiting.popleft()
+            prompt = [kind * 100 + at for kind in kinds for at in range(PAGE_SLOTS)] + [9] * more
+            prompts[number] = prompt
+            scheduler.submit(
+                GenerateRequest(str(number), prompt, tokens), partial(note_end, ended, str(number))
+            )
+            cancel_at[turn + 2 * patience if patience else -turn] = str(number)
+        if (name := cancel_at.get(turn)) is not None:
+            scheduler.cancel(name)
+            ended.add(name)
+        while len(flying) < in_flight and (batch := scheduler.next_step()) is not None:
+            flying.append(batch)
+        scheduler.check_integrity()
+        if flying:
+            batch = flying.popleft()
+            fails = batch.step in fail
+            memory.run(batch, prompts, fails)
+            scheduler.apply(
+                batch, Result(batch.step, error="no memory") if fails else answer(batch)
+            )
+    assert len(ended) == len(asked), "a request never came to an end"
+    assert scheduler.running == scheduler.waiting == 0
+
+
+def note_end(ended: set[str], name: str, event: Event) -> None:
+    if event.last:
+        ended.add(name)
+
+
+CONVERSATION = [[5, 9, 30] * 30, [7, 8] * 11, [3], [40, 41, 42] * 20]
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        SamplingParams(temperature=0.0, logprobs=2),
+        SamplingParams(seed=3, repetition_penalty=1.3, frequency_penalty=0.5, logprobs=2),
+    ],
+    ids=["greedy", "penalties"],
+)
+def test_a_conversation_says_the_same_whether_it_is_read_anew_or_not(
+    kind: str, stages: int, sampling: SamplingParams
+) -> None:
+    """Bit by bit, as its log-probabilities show; also where layers have a window."""
+    keys = {"gemma3.attention.sliding_window": 40, "gemma3.attention.sliding_window_pattern": 2}
+    extra = keys if kind == "gemma3" else {}
+    file = GGUFFile.from_bytes(tiny_model(family=kind, layers=4, context=512, extra_metadata=extra))
+    with closing(local_engine(file, stages, context=512, kv=2048, chunk=32)) as engine:
+        prompt: list[int] = []
+        reused = []
+        for turn, said in enumerate(CONVERSATION):
+            prompt += said
+            request = GenerateRequest(f"{turn}", prompt, 20, sampling)
+            again, fresh = (
+                list(engine.generate(replace(request, cached=cached))) for cached in (True, False)
+            )
+            reused.append(again[-1].cached_tokens)
+            said_ = [choice for event in again for choice in event.tokens]
+            assert said_ == [choice for event in fresh for choice in event.tokens]
+            assert (len(said_), fresh[-1].cached_tokens) == (20, 0)
+            prompt += [choice.token for choice in said_]
+        assert reused == [0, 96, 144, 160]
+        assert engine.stats().cached_tokens == sum(reused)

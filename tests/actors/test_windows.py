@@ -1,0 +1,107 @@
+"""Rings of pages of layers with a window: how many a request takes, and who may go on in one."""
+
+from __future__ import annotations
+
+import pytest
+
+from actors.windows import PagePools
+from sharding.batch import PAGE_SLOTS
+from tests.actors.test_pages import keys_of
+
+
+def test_a_request_takes_no_more_window_pages_than_a_ring() -> None:
+    pools = PagePools(12, window_pages=5, ring=3)
+    long = pools.reserve(1, 8 * PAGE_SLOTS)
+    assert long is not None and (len(long.pages), len(long.window_pages)) == (8, 3)
+    assert pools.fit([2 * PAGE_SLOTS]) and not pools.fit([3 * PAGE_SLOTS])
+    assert pools.reserve(2, 3 * PAGE_SLOTS) is None  # four pages are free, but two for windows
+    short = pools.reserve(3, 2 * PAGE_SLOTS)
+    assert short is not None and not set(short.window_pages) & set(long.window_pages)
+    assert (pools.free, pools.idle) == (2, False)
+    pools.check_integrity()
+    pools.release(1)
+    pools.release(3)
+    assert pools.idle
+
+
+def leave(pools: PagePools, request: int, keys: list[bytes], written: int) -> list[int]:
+    """A request with these full pages that ends after so many tokens; its ring."""
+    reserved = pools.reserve(request, max(written, len(keys) * PAGE_SLOTS))
+    assert reserved is not None
+    for index, key in enumerate(keys):
+        pools.keep(request, index, key)
+    pools.release(request, keys, written)
+    pools.check_integrity()
+    return reserved.window_pages
+
+
+@pytest.mark.parametrize(
+    ("common", "filled"),
+    [(8, 8), (7, 7), (6, 6), (5, 0)],
+    ids=["all", "one page less", "two less", "the ring has lost what it sees"],
+)
+def test_a_request_goes_on_in_the_ring_of_one_that_began_alike(common: int, filled: int) -> None:
+    """A ring of 4 pages, a window of 2: after 8 pages the ring holds pages 4 to 7. Who goes on
+    behind page 5 sees pages 4 and 5; who does behind page 4 also sees page 3, which is gone."""
+    pools = PagePools(40, window_pages=8, ring=4, window=2 * PAGE_SLOTS)
+    keys = keys_of(*range(8))
+    ring = leave(pools, 1, keys, 8 * PAGE_SLOTS)
+    branch = keys_of(*range(common), 99, 98)
+    reserved = pools.reserve(2, 12 * PAGE_SLOTS, branch)
+    assert reserved is not None and reserved.filled == filled
+    assert (reserved.window_pages == ring) == bool(filled)
+    pools.check_integrity()
+
+
+def test_what_was_in_flight_when_a_request_ended_is_counted_as_written() -> None:
+    """Its last page was never finished, but began to overwrite page 4."""
+    pools = PagePools(40, window_pages=4, ring=4, window=2 * PAGE_SLOTS)
+    keys = keys_of(*range(8))
+    leave(pools, 1, keys, 8 * PAGE_SLOTS + 1)
+    reserved = pools.reserve(2, 12 * PAGE_SLOTS, keys[:6])
+    assert reserved is not None and reserved.filled == 0
+
+
+def test_a_ring_is_for_one_request_only() -> None:
+    pools = PagePools(40, window_pages=8, ring=4, window=PAGE_SLOTS)
+    keys = keys_of(1, 2, 3)
+    leave(pools, 1, keys, 3 * PAGE_SLOTS)
+    found = [pools.reserve(request, 5 * PAGE_SLOTS, keys) for request in (2, 3)]
+    assert [each and each.filled for each in found] == [3, 0]
+    pools.check_integrity()
+
+
+@pytest.mark.parametrize("tokens", [2 * PAGE_SLOTS, 3 * PAGE_SLOTS, 9 * PAGE_SLOTS])
+def test_a_ring_grows_and_shrinks_to_what_its_next_request_needs(tokens: int) -> None:
+    pools = PagePools(40, window_pages=9, ring=4, window=PAGE_SLOTS)
+    keys = keys_of(1, 2)
+    ring = leave(pools, 1, keys, 3 * PAGE_SLOTS)
+    reserved = pools.reserve(2, tokens, keys[:1])
+    assert reserved is not None and reserved.filled == 1
+    assert len(reserved.window_pages) == min(4, tokens // PAGE_SLOTS)
+    common = min(len(ring), len(reserved.window_pages))
+    assert reserved.window_pages[:common] == ring[:common]
+    pools.check_integrity()
+
+
+def test_rings_make_room_for_who_needs_their_pages() -> None:
+    pools = PagePools(60, window_pages=8, ring=4, window=PAGE_SLOTS)
+    older, newer = keys_of(*range(6)), keys_of(*range(10, 16))
+    leave(pools, 1, older, 6 * PAGE_SLOTS)
+    leave(pools, 2, newer, 6 * PAGE_SLOTS)
+    assert pools.window_free == 8
+    assert pools.reserve(3, 6 * PAGE_SLOTS) is not None
+    pools.check_integrity()
+    reserved = pools.reserve(4, 7 * PAGE_SLOTS, newer)
+    assert reserved is not None and reserved.filled == 6, "the older ring went"
+
+
+def test_no_ring_is_found_once_the_kv_is_gone() -> None:
+    pools = PagePools(40, window_pages=8, ring=4, window=PAGE_SLOTS)
+    keys = keys_of(1, 2)
+    leave(pools, 1, keys, 2 * PAGE_SLOTS)
+    pools.forget()
+    pools.check_integrity()
+    assert pools.idle
+    reserved = pools.reserve(2, 3 * PAGE_SLOTS, keys)
+    assert reserved is not None and reserved.filled == 0
