@@ -70,7 +70,7 @@ def stream_all(
     Raises `RuntimeError` if it does not start, refuses a prompt or answers with fewer tokens.
     """
     chance = random.Random(seed)
-    with _running(served) as port:
+    with running(served) as port:
         _stream(port, chance.choices(_TOKEN_IDS, k=32), tokens)  # warms up
         return [
             (length, _stream(port, chance.choices(_TOKEN_IDS, k=length), tokens))
@@ -79,7 +79,7 @@ def stream_all(
 
 
 @contextlib.contextmanager
-def _running(served: Served) -> Iterator[int]:
+def running(served: Served) -> Iterator[int]:
     """A server's port while it runs; what it says goes to stderr."""
     with socket.create_server((_HOST, 0)) as probe:
         port = probe.getsockname()[1]
@@ -126,7 +126,7 @@ def _stream(port: int, prompt: list[int], tokens: int) -> Streamed:
     begin = time.perf_counter()
     times: list[float] = []
     usage: dict[str, Any] = {}
-    for chunk in _events(port, body):
+    for chunk in events(port, body):
         now = time.perf_counter() - begin
         usage = chunk.get("usage") or usage
         times += [now for choice in chunk["choices"] if choice["text"] or choice["finish_reason"]]
@@ -137,7 +137,7 @@ def _stream(port: int, prompt: list[int], tokens: int) -> Streamed:
     return streamed
 
 
-def _events(port: int, body: dict[str, object]) -> Iterator[dict[str, Any]]:
+def events(port: int, body: dict[str, object]) -> Iterator[dict[str, Any]]:
     """A streamed completion's chunks. Raises `RuntimeError` for any other answer."""
     connection = http.client.HTTPConnection(_HOST, port, timeout=_ANSWER_TIMEOUT_S)
     headers = {"Content-Type": "application/json"}
