@@ -38,6 +38,7 @@ import typer
 from bench.http_rates import Served, running
 from bench.report import Report
 from serving.fetch import resolve_model
+from sharding.kernels.cpu import INSTRUCTION_SETS
 
 _TOKEN_IDS = range(100, 20000)
 _SAID, _ANSWER, _QUESTION = 1234, 16, 24
@@ -128,12 +129,12 @@ def main(
     model: str,
     tokens: int = 4096,
     peer: Annotated[bool, typer.Option(help="Measure llama.cpp too (xllamacpp).")] = True,
-    keep: Annotated[bool, typer.Option(help="Write results/prefix.json.")] = False,
+    keep: Annotated[bool, typer.Option(help="Write results/prefix-*.json.")] = False,
 ) -> None:
     """Measure one model."""
     path = resolve_model(model)
     context = tokens + 256
-    report = Report("prefix", keep)
+    report = Report("prefix", keep, INSTRUCTION_SETS[0])
     with running(Served(path, 2, context)) as port:
         ours = list(_measure(Server(f"http://127.0.0.1:{port}"), tokens))
     theirs: dict[str, float] = {}
