@@ -28,6 +28,7 @@ from actors.engine import Engine
 from actors.placement import PlacementConfig, RayStages
 from actors.request import Event, GenerateRequest
 from actors.stats import EngineStats, EngineStatus
+from serving.access import Access, read_access
 from serving.config import ServeConfig, load_config
 from serving.feed import FeedAddress, FeedGoneError, Feeds, Subscription
 from serving.fetch import resolve_model
@@ -229,14 +230,15 @@ def _cause(error: RayTaskError) -> LongspanError:
 class Ingress:
     """Tokenises, applies templates, streams. Holds nothing that outlives a request."""
 
-    def __init__(self, options: dict[str, Any], engine: DeploymentHandle) -> None:
+    def __init__(self, options: dict[str, Any], access: Access, engine: DeploymentHandle) -> None:
         model, tokenizer = describe_model(load_config(options))
+        self._access = access
         self._service = Service(model, tokenizer, RemoteEngine(engine))
         self._watch = asyncio.get_running_loop().create_task(self._learn_context())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve once the constructor is done."""
-        return create_app(self._service)
+        return create_app(self._service, self._access)
 
     async def _learn_context(self) -> None:
         """How long a context fits is known when stages are placed, and anew with every replica."""
@@ -275,12 +277,14 @@ def fingerprint_of(paths: tuple[Path, ...], stretch: Stretch | None = None) -> s
 
 
 def build(args: dict[str, Any]) -> Application:
-    """The application of `serve.yaml`: `args` are `ServeConfig`'s keys. Raises `ConfigError`."""
+    """The application of `serve.yaml`: `args` are `ServeConfig`'s keys. API keys are read here, so
+    that replicas on other nodes need neither the file nor the variable. Raises `ConfigError`."""
     config = load_config(args)
     options = config.model_dump()
+    access = read_access(config.api_key_file, config.cors_origins)
     engine = serve.deployment(EngineReplica, name="engine", **_REPLICA)
     ingress = serve.deployment(
         serve.ingress()(Ingress), name="ingress", num_replicas=config.ingress_replicas, **_REPLICA
     )
-    app: Application = ingress.bind(options, engine.bind(options))
+    app: Application = ingress.bind(options, access, engine.bind(options))
     return app

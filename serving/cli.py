@@ -197,6 +197,10 @@ def serve(
     rope_scaling: RopeScaling = None,
     rope_scale: RopeScale = None,
     yarn_orig_ctx: YarnOrigCtx = None,
+    api_key_file: Annotated[str | None, typer.Option(help="API keys, one a line.")] = None,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(help="Origin whose pages may call; may be repeated.")
+    ] = None,
     address: Annotated[str | None, typer.Option(help="Ray cluster; default: a local one.")] = None,
 ) -> None:
     """Serve a model over HTTP through stages on Ray, until interrupted."""
@@ -220,6 +224,8 @@ def serve(
         "rope_scaling": rope_scaling,
         "rope_scale": rope_scale,
         "yarn_orig_ctx": yarn_orig_ctx,
+        "api_key_file": api_key_file,
+        "cors_origins": cors_origin,
         "address": address,
     }
     config = load_config({key: value for key, value in chosen.items() if value is not None})

@@ -12,7 +12,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -25,12 +25,15 @@ from pydantic import (
 )
 
 from actors.scheduler import LEAST_CHUNK
+from serving.access import KEY_VARIABLE
 from sharding.errors import ConfigError
 from sharding.model.rotation import Stretch
 
 MOST_CHUNK = 16384
 """A step's hidden states must fit into a frame between stages."""
 
+
+_ORIGIN = r"^(\*|https?://[^/\s]+)$"
 
 MOST_ROPE_SCALE = 1024
 """Beyond any that a model was ever stretched by: a slip of the keyboard."""
@@ -112,6 +115,16 @@ class ServeConfig(BaseModel):
         default=None,
         ge=1,
         description="The context it was trained for, in place of what the file says",
+    )
+    api_key_file: str | None = Field(
+        default=None,
+        min_length=1,
+        description="File with the API keys, one a line; those of the environment variable "
+        f"{KEY_VARIABLE} count too, and without any the API is open",
+    )
+    cors_origins: tuple[Annotated[str, Field(pattern=_ORIGIN)], ...] = Field(
+        default=(),
+        description="Origins whose pages may call from a browser, such as https://chat.example.org",
     )
     host: str = Field(
         default="127.0.0.1",

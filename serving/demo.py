@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ from typing import Any
 
 import typer
 
+from serving.access import KEY_VARIABLE
 from serving.fetch import fetch
 
 QUESTION = "In three sentences, why does the sky look blue during the day and red at sunset?"
@@ -33,7 +35,9 @@ def main() -> None:
     port = _free_port()
     command = [sys.executable, "-m", "serving.cli", "serve", str(path), "--stages", "2"]
     command += ["--port", str(port), "--context", "4096", "--model-name", "smollm2"]
-    server = subprocess.Popen(command)
+    # Open, whatever keys its user has for other servers.
+    environment = {name: value for name, value in os.environ.items() if name != KEY_VARIABLE}
+    server = subprocess.Popen(command, env=environment)
     try:
         _wait_ready(server, port)
         typer.echo(f"\n> {QUESTION}\n")

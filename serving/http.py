@@ -18,10 +18,12 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving import tokens
+from serving.access import Access
 from serving.answers import Wording, collect, stream
 from serving.chat import ChatWording, prepare_chat
 from serving.completions import prepare_completion
 from serving.errors import ErrorBody, install, plain_response
+from serving.gate import OPEN_PATHS, CrossOrigin, KeyCheck
 from serving.openai import (
     ChatCompletion,
     ChatRequest,
@@ -49,18 +51,15 @@ _CLIENT_LEFT = 499  # nobody reads it; the number that servers log for this
 Responses = dict[int | str, dict[str, Any]]
 
 
-def create_app(service: Service, *, keep_alive_s: float = 10.0) -> FastAPI:
-    """The application for one model. `keep_alive_s`: the longest silence of a stream."""
-    app = _Application(
-        title="Longspan",
-        version=_version(),
-        docs_url=None,
-        redoc_url=None,
-        redirect_slashes=False,
-        strict_content_type=False,
-    )
+def create_app(
+    service: Service, access: Access | None = None, *, keep_alive_s: float = 10.0
+) -> FastAPI:
+    """The application for one model. `access`: who may call, None: everybody. `keep_alive_s`: the
+    longest silence of a stream."""
+    app = _Application(access or Access(), "Longspan", _version())
     app.add_middleware(_BodyLimit, most_bytes=service.model.max_body_bytes)
     app.add_middleware(_HeadAsGet)
+    app.add_middleware(KeyCheck, access=app.access)
     install(app)
     _add_generation(app, service, keep_alive_s)
     _add_models(app, service)
@@ -72,8 +71,24 @@ def create_app(service: Service, *, keep_alive_s: float = 10.0) -> FastAPI:
 class _Application(FastAPI):
     """Bodies that break the schema are answered with 400 here, not with FastAPI's 422."""
 
+    def __init__(self, access: Access, title: str, version: str) -> None:
+        self.access = access
+        super().__init__(
+            title=title,
+            version=version,
+            docs_url=None,
+            redoc_url=None,
+            redirect_slashes=False,
+            strict_content_type=False,
+        )
+
+    def build_middleware_stack(self) -> ASGIApp:
+        """Around everything what lets browsers read an answer, also that of a failure."""
+        stack = super().build_middleware_stack()
+        return CrossOrigin(stack, self.access.origins) if self.access.origins else stack
+
     def openapi(self) -> dict[str, Any]:
-        """The OpenAPI document, without FastAPI's own errors."""
+        """The OpenAPI document, without FastAPI's own errors, with the keys if there are any."""
         if self.openapi_schema is not None:
             return self.openapi_schema
         schema = super().openapi()
@@ -82,7 +97,26 @@ class _Application(FastAPI):
                 operation["responses"].pop("422", None)
         for name in ("HTTPValidationError", "ValidationError"):
             schema["components"]["schemas"].pop(name, None)
+        if self.access.key_digests:
+            _describe_keys(schema)
         return schema
+
+
+def _describe_keys(schema: dict[str, Any]) -> None:
+    """What needs a key, and the answer without one."""
+    schema["components"]["securitySchemes"] = {
+        "bearer": {"type": "http", "scheme": "bearer"},
+        "header": {"type": "apiKey", "in": "header", "name": "X-Api-Key"},
+    }
+    refusal = {
+        "description": "No key, or none of this server's.",
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}},
+        "headers": {"WWW-Authenticate": {"schema": {"type": "string"}}},
+    }
+    for path in schema["paths"].keys() - OPEN_PATHS:
+        for operation in schema["paths"][path].values():
+            operation["security"] = [{"bearer": []}, {"header": []}]
+            operation["responses"]["401"] = refusal
 
 
 _ERRORS = {

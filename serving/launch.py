@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import signal
 import threading
 import time
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+from serving.access import KEY_VARIABLE, read_access
 from serving.cluster import Deployment, check_config, deployed
 from serving.config import ServeConfig
 from serving.show import stage_table
@@ -27,6 +29,7 @@ def serve_until_interrupted(config: ServeConfig, err: Console) -> None:
     stopped = threading.Event()
     _stop_on_signal(stopped, err)
     check_config(config)
+    warn_if_open(config, err)
     err.print(f"starting Ray for {config.stages} stages of {config.served_name}", markup=False)
     # Again once Ray has put handlers of its own, which print a stack trace.
     with deployed(config, on_ray=lambda: _stop_on_signal(stopped, err)) as deployment:
@@ -39,6 +42,24 @@ def serve_until_interrupted(config: ServeConfig, err: Console) -> None:
             stopped.wait()
         else:
             raise KeyboardInterrupt
+
+
+def warn_if_open(config: ServeConfig, err: Console) -> None:
+    """Raises `ConfigError` for API keys that cannot be read, before Ray has started."""
+    access = read_access(config.api_key_file, config.cors_origins)
+    if not access.key_digests and not _is_loopback(config.host):
+        err.print(
+            f"whoever reaches {config.host}:{config.port} may use this server: it has no API keys"
+            f" (--api-key-file, {KEY_VARIABLE})",
+            markup=False,
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _stop_on_signal(stopped: threading.Event, err: Console) -> None:

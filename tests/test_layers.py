@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = ("sharding", "actors", "serving")
 """From the lowest up: a layer may import itself and those before it."""
 
-HTTP = ("app", "http", "sse", "completions", "chat", "errors")
+HTTP = ("app", "gate", "http", "sse", "completions", "chat", "errors")
 HOMES = {
     "torch": ("sharding.kernels*", "sharding.model.*", "sharding.stage", "actors.transport"),
     "ray": (

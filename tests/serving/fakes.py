@@ -18,6 +18,7 @@ from fastapi import FastAPI
 
 from actors.request import LENGTH, STOP, Event, GenerateRequest
 from actors.stats import EngineStatus
+from serving.access import Access
 from serving.http import create_app
 from serving.service import ServedModel, Service
 from sharding.batch import Choice
@@ -173,10 +174,11 @@ class World:
         template: str | None = None,
         model: ServedModel = MODEL,
         keep_alive_s: float = 10.0,
+        access: Access | None = None,
     ) -> None:
         self.engine = ScriptedEngine(script)
         self.service = Service(model, ByteTokenizer(template), self.engine)
-        self.app: FastAPI = create_app(self.service, keep_alive_s=keep_alive_s)
+        self.app: FastAPI = create_app(self.service, access, keep_alive_s=keep_alive_s)
 
     def post(self, path: str, body: object) -> httpx.Response:
         """POST `body` as JSON."""
@@ -192,13 +194,14 @@ class World:
         path: str,
         content: bytes | AsyncIterator[bytes] | None = None,
         content_type: str = "application/json",
+        headers: dict[str, str] | None = None,
     ) -> httpx.Response:
         """One exchange from beginning to end."""
 
         async def run() -> httpx.Response:
             async with self.client() as client:
-                headers = {"Content-Type": content_type}
-                return await client.request(method, path, content=content, headers=headers)
+                sent = {"Content-Type": content_type} | (headers or {})
+                return await client.request(method, path, content=content, headers=sent)
 
         return asyncio.run(run())
 

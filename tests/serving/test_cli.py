@@ -143,6 +143,7 @@ WRONG = {
     "a cluster that is not there": (
         ["serve", "MODEL", "--address", "127.0.0.1:1"], 2, "no Ray cluster answers at 127.0.0.1:1",
     ),
+    "keys that are not there": (["serve", "MODEL", "--api-key-file", "no.keys"], 2, "no.keys"),
     "half a scaling": (
         ["generate", "MODEL", "--prompt", "x", "--rope-scaling", "yarn"], 2, "needs rope_scale",
     ),

@@ -73,6 +73,7 @@ def test_every_mistake_has_its_line() -> None:
         ("rope_scale", 0.5),
         ("rope_scale", float("nan")),
         ("yarn_orig_ctx", 0),
+        ("api_key_file", ""),
     ],
 )
 def test_a_value_out_of_range_is_refused_with_key_and_value(key: str, value: object) -> None:
@@ -83,6 +84,21 @@ def test_a_value_out_of_range_is_refused_with_key_and_value(key: str, value: obj
 def test_yes_is_not_one_stage() -> None:
     """YAML reads `stages: yes` as true, which Python would take for the number 1."""
     assert "stages: true is neither" in _complaint(model="smollm2", stages=True)
+
+
+@pytest.mark.parametrize("origin", ["chat.example.org", "https://a.example.org/", "ftp://a", ""])
+def test_an_origin_is_spelt_as_browsers_send_it(origin: str) -> None:
+    """One with a path or without a scheme would match no page and do nothing."""
+    assert "cors_origins.1: " in _complaint(
+        model="x", cors_origins=["http://localhost:3000", origin]
+    )
+    assert load_config({"model": "x", "cors_origins": ["*"]}).cors_origins == ("*",)
+
+
+def test_the_prefix_cache_is_switched_by_yes_and_no() -> None:
+    given = [load_config({"model": "x", "prefix_cache": value}) for value in (False, "false", True)]
+    assert [config.prefix_cache for config in given] == [False, False, True]
+    assert "prefix_cache" in _complaint(model="x", prefix_cache="perhaps")
 
 
 def test_kv_below_the_context_is_refused_with_both_numbers() -> None:

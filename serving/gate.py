@@ -1,0 +1,78 @@
+"""What stands before the HTTP application: the check of API keys, and CORS for browsers."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+
+from starlette.datastructures import Headers
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from serving.access import Access
+from serving.errors import plain_response
+
+OPEN_PATHS = frozenset({"/health", "/health/ready"})
+"""Answered without a key: who restarts a server or routes to it has none."""
+
+_EXPOSED = ("Retry-After", "X-Should-Retry")
+
+
+class KeyCheck:
+    """Answers 401 to a request without a key that opens the API."""
+
+    def __init__(self, app: ASGIApp, access: Access) -> None:
+        self._app = app
+        self._access = access
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        closed = scope["type"] == "http" and bool(self._access.key_digests)
+        if not closed or _path(scope) in OPEN_PATHS:
+            await self._app(scope, receive, send)
+            return
+        key = _given_key(Headers(scope=scope))
+        if key is not None and self._access.allows(key):
+            await self._app(scope, receive, send)
+            return
+        what = "no API key was given" if key is None else "the API key is none of this server's"
+        refusal = plain_response(
+            401,
+            f"{what}; send one as `Authorization: Bearer KEY` or `X-Api-Key: KEY`",
+            "invalid_api_key",
+            {"WWW-Authenticate": "Bearer"},
+        )
+        await refusal(scope, receive, send)
+
+
+def _path(scope: Scope) -> str:
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
+
+
+def _given_key(headers: Headers) -> str | None:
+    scheme, _, key = headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        return key.strip()
+    return headers.get("x-api-key")
+
+
+class CrossOrigin(CORSMiddleware):
+    """Tells browsers that pages of the listed origins may call; answers their preflights itself,
+    since those carry no key."""
+
+    def __init__(self, app: ASGIApp, origins: tuple[str, ...]) -> None:
+        super().__init__(
+            app,
+            allow_origins=origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            expose_headers=_EXPOSED,
+        )
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        """A refusal looks like all others."""
+        response = super().preflight_response(request_headers)
+        if response.status_code < HTTPStatus.BAD_REQUEST:
+            return response
+        kept = {name: response.headers[name] for name in ("vary",) if name in response.headers}
+        return plain_response(400, bytes(response.body).decode(), "cors_refused", kept)
