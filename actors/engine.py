@@ -19,13 +19,21 @@ from itertools import count
 from typing import Protocol
 
 from actors.cores import compute_first
+from actors.meters import Meters
 from actors.pipeline import Pipeline
 from actors.recovery import wait_before
 from actors.request import Event, GenerateRequest, Sink
 from actors.scheduler import Limits, Scheduler
 from actors.stats import EngineStats, EngineStatus, StageStats
 from sharding.batch import Batch, Result
-from sharding.errors import LongspanError, PipelineError, ProtocolError, UnavailableError
+from sharding.errors import (
+    BusyError,
+    ContextLengthError,
+    LongspanError,
+    PipelineError,
+    ProtocolError,
+    UnavailableError,
+)
 
 log = logging.getLogger("longspan.engine")
 
@@ -74,6 +82,7 @@ class Engine:
         self._status = EngineStatus("loading")
         self._scheduler: Scheduler | None = None
         self._pipeline: Pipeline | None = None
+        self._meters = Meters(time.monotonic)
         self._epoch = 0
         self._in_flight: deque[Batch] = deque()
         self._ending = _UNEXPECTED
@@ -99,16 +108,21 @@ class Engine:
         """
         with self._lock:
             if self._status.state != "ready" or self._scheduler is None:
+                self._meters.refuse("unavailable")
                 reason = f": {self._status.detail}" if self._status.detail else ""
                 raise UnavailableError(f"the engine is {self._status.state}{reason}")
-            self._scheduler.submit(request, sink)
+            try:
+                self._scheduler.submit(request, self._meters.watch(request, sink))
+            except (BusyError, ContextLengthError) as error:
+                self._meters.refuse("busy" if isinstance(error, BusyError) else "context")
+                raise
             self._wake()
 
     def cancel(self, request_id: str) -> None:
         """Stop a request, free its pages on every stage, send no event. Unknown ids are fine."""
         with self._lock:
-            if self._scheduler is not None:
-                self._scheduler.cancel(request_id)
+            if self._scheduler is not None and self._scheduler.cancel(request_id):
+                self._meters.cancel()
             self._wake()
 
     def generate(self, request: GenerateRequest) -> Generator[Event, None, None]:
@@ -135,7 +149,7 @@ class Engine:
         with self._lock:
             scheduler = self._scheduler
             if scheduler is None:
-                return EngineStats(epoch=self._epoch)
+                return EngineStats(epoch=self._epoch, requests=self._meters.snapshot())
             return EngineStats(
                 epoch=self._epoch,
                 waiting=scheduler.waiting,
@@ -152,6 +166,8 @@ class Engine:
                 in_flight=len(self._in_flight),
                 context=scheduler.limits.most_tokens,
                 stages=stages,
+                stage_s=list(scheduler.stage_s),
+                requests=self._meters.snapshot(),
             )
 
     def close(self) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from actors.request import Event, GenerateRequest, Sink
 from actors.running import Running
@@ -74,6 +75,7 @@ class Scheduler:
         self.prompt_tokens = 0
         self.cached_tokens = 0
         self.drawn_tokens = 0
+        self.stage_s: list[float] = []
         self._waiting: deque[Running] = deque()
         self._running: dict[int, Running] = {}
         self._entries: dict[str, Running] = {}
@@ -119,11 +121,12 @@ class Scheduler:
         there is memory for all."""
         return self.pool.fit([*(entry.tokens for entry in self._waiting), tokens])
 
-    def cancel(self, request_id: str) -> None:
-        """Forget a request and free its pages on every stage; unknown ids are fine."""
+    def cancel(self, request_id: str) -> bool:
+        """Forget a request and free its pages on every stage; False for one that is unknown."""
         entry = self._entries.get(request_id)
         if entry is not None:
             self._end(entry)
+        return entry is not None
 
     def fail_all(self, message: str) -> None:
         """End every request with an error event: the stages lost what they knew."""
@@ -148,6 +151,9 @@ class Scheduler:
 
     def apply(self, batch: Batch, result: Result) -> None:
         """Book the result of a batch and tell the requests' sinks."""
+        self.stage_s = [
+            sum(both) for both in zip_longest(self.stage_s, result.stage_s, fillvalue=0)
+        ]
         if result.error is not None:
             for segment in batch.segments:
                 self._fail(segment.request, result.error)

@@ -216,6 +216,15 @@ class RemoteEngine:
             return EngineStatus("failed", detail=_silence(error))
         return status
 
+    async def stats(self) -> EngineStats | None:
+        """The engine's books."""
+        try:
+            asked = self._handle.stats.remote()
+            stats: EngineStats = await asyncio.wait_for(asked, _STATUS_TIMEOUT_S)
+        except (RayError, RayServeException, TimeoutError):
+            return None
+        return stats
+
 
 def _silence(error: Exception) -> str:
     return f"the engine replica does not answer: {str(error) or 'nothing was heard in time'}"

@@ -12,6 +12,7 @@ from importlib import metadata
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
+from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -24,6 +25,7 @@ from serving.chat import ChatWording, prepare_chat
 from serving.completions import prepare_completion
 from serving.errors import ErrorBody, install, plain_response
 from serving.gate import OPEN_PATHS, CrossOrigin, KeyCheck
+from serving.metrics import render
 from serving.openai import (
     ChatCompletion,
     ChatRequest,
@@ -65,6 +67,7 @@ def create_app(
     _add_models(app, service)
     _add_tokens(app, service)
     _add_health(app, service)
+    _add_metrics(app, service)
     return app
 
 
@@ -245,6 +248,18 @@ def _add_health(app: FastAPI, service: Service) -> None:
     async def ready() -> Response:
         """Whether the server answers requests now."""
         return await health(frozenset({"ready"}))
+
+
+def _add_metrics(app: FastAPI, service: Service) -> None:
+    text: Responses = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+
+    @app.get("/metrics", response_class=PlainTextResponse, responses=_errors(500) | text)
+    async def metrics(request: Request) -> Response:
+        """The engine's books, for Prometheus."""
+        status, stats = await asyncio.gather(service.engine.status(), service.engine.stats())
+        accept = request.headers.get("accept", "")
+        page, content_type = await asyncio.to_thread(render, service.model, status, stats, accept)
+        return Response(page, headers={"Content-Type": content_type})
 
 
 class _HeadAsGet:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from actors.request import Event, GenerateRequest
-from actors.stats import EngineStatus
+from actors.stats import EngineStats, EngineStatus
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,9 @@ class EngineClient(Protocol):
 
     async def status(self) -> EngineStatus:
         """Whether the engine serves, and how far loading is."""
+
+    async def stats(self) -> EngineStats | None:
+        """The engine's books, None if it does not answer."""
 
 
 class Decoder(Protocol):

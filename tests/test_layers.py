@@ -32,6 +32,7 @@ HOMES = {
         "serving.cluster",
         "serving.metrics",
     ),
+    "prometheus_client": ("serving.metrics",),
     "triton": ("sharding.kernels.triton*",),
     "fastapi": tuple(f"serving.{name}" for name in HTTP),
     "starlette": tuple(f"serving.{name}" for name in HTTP),

@@ -17,7 +17,7 @@ import openai
 from fastapi import FastAPI
 
 from actors.request import LENGTH, STOP, Event, GenerateRequest
-from actors.stats import EngineStatus
+from actors.stats import EngineStats, EngineStatus
 from serving.access import Access
 from serving.http import create_app
 from serving.service import ServedModel, Service
@@ -135,6 +135,7 @@ class ScriptedEngine:
     def __init__(self, script: Script | None = None) -> None:
         self.script = script or saying("Hello")
         self.state = EngineStatus("ready", 1.0, "")
+        self.books: EngineStats | None = EngineStats(1)
         self.requests: list[GenerateRequest] = []
         self.ended: list[str] = []
         self.cancelled: list[str] = []
@@ -160,6 +161,9 @@ class ScriptedEngine:
 
     async def status(self) -> EngineStatus:
         return self.state
+
+    async def stats(self) -> EngineStats | None:
+        return self.books
 
 
 MODEL = ServedModel("tiny", context=4096, created=1700000000, fingerprint="fp_test")

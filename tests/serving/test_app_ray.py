@@ -86,6 +86,18 @@ def test_a_second_question_about_a_text_reads_only_the_question(
     assert tokens - 32 < (second or 0) < tokens
 
 
+def test_metrics_tell_of_both_stages_and_of_what_was_asked(served: Served) -> None:
+    body = {"prompt": "One two three", "max_tokens": 8, "ignore_eos": True}
+    assert httpx.post(served.url + "/v1/completions", json=body).status_code == 200
+    page = httpx.get(served.url + "/metrics").text
+    lines = dict(line.rsplit(" ", 1) for line in page.splitlines() if not line.startswith("#"))
+    assert lines['longspan_engine_state{state="ready"}'] == "1.0"
+    assert float(lines['longspan_requests_total{outcome="length"}']) >= 1
+    assert float(lines["longspan_generated_tokens_total"]) >= 8
+    assert float(lines['longspan_stage_busy_seconds_total{stage="1"}']) > 0
+    assert 'layers="18-29"' in page
+
+
 def test_sixteen_streams_at_once_get_what_each_gets_alone(served: Served) -> None:
     async def ask(client: openai.AsyncOpenAI, number: int) -> str:
         stream = await client.completions.create(
