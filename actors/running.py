@@ -10,6 +10,8 @@ from actors.request import LENGTH, STOP, GenerateRequest, Sink
 from actors.windows import Reserved
 from sharding.batch import PAGE_SLOTS, Segment
 
+_WORTH_WAITING = 4  # pages: what a step spends on fewer tokens is not what it takes
+
 
 @dataclass(eq=False)
 class Running:
@@ -81,6 +83,14 @@ class Running:
         if not request.cached or request.prompt_logprobs is not None:
             return ()
         return self.keys[: (len(request.prompt) - 1) // PAGE_SLOTS]
+
+    @property
+    def awaited_key(self) -> bytes:
+        """That of the page which another request must be computing to be worth waiting for: the
+        last of the next few, since one or two are computed as soon. Empty where it needs no more.
+        """
+        keys, index = self.findable, self.reserved.filled + _WORTH_WAITING - 1
+        return keys[index] if index < len(keys) else b""
 
     def keys_to(self, pages: int) -> list[bytes]:
         """Those of its first full pages, whose tokens are all known."""

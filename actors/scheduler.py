@@ -206,46 +206,64 @@ class Scheduler:
         return segments
 
     def _prompt_segments(self, budget: int) -> tuple[list[Opened], list[Segment]]:
-        """The oldest prompt first, but half of the budget to those that are much shorter: a
-        question need not wait until a book is read, nor the book for an endless row of questions.
-        """
+        """Chunks of prompts, and what the stages must know of those that begin."""
         prefilling = [entry for entry in self._running.values() if entry.prefilling]
         reading = [entry for entry in prefilling if not self._awaits_pages(entry)]
-        if not reading:
-            return [], []
-        shorter = [entry for entry in reading[1:] if 2 * entry.left <= reading[0].left]
-        shorter.sort(key=lambda entry: entry.left)
-        takes = dict.fromkeys((entry.number for entry in reading), 0)
-        budget, given = self._in_time(max(0, budget), reading[0]), 0
-        for entries, most in ((shorter, budget // 2), (reading, budget)):
-            for entry in entries:
-                more = max(0, min(most - given, entry.left - takes[entry.number]))
-                takes[entry.number] += more
-                given += more
-        fed = [entry for entry in reading if takes[entry.number]]
-        opened = [self._open(entry) for entry in fed if not entry.opened]
+        fed = self._divided(reading, budget)
+        while late := self._repeating(fed):
+            reading = [entry for entry in reading if entry not in late]
+            fed = self._divided(reading, budget)
+        opened = [self._open(entry) for entry, _ in fed if not entry.opened]
         segments = []
-        for entry in fed:
-            segments.append(entry.chunk(takes[entry.number]))
-            entry.sent += takes[entry.number]
+        for entry, tokens in fed:
+            segments.append(entry.chunk(tokens))
+            entry.sent += tokens
             entry.fed = self.steps
         return opened, segments
 
+    def _divided(self, reading: Sequence[Running], budget: int) -> list[tuple[Running, int]]:
+        """The oldest prompt first, but half of the budget to those that are much shorter: a
+        question need not wait until a book is read, nor the book for an endless row of questions.
+        """
+        if not reading:
+            return []
+        shorter = [entry for entry in reading[1:] if 2 * entry.left <= reading[0].left]
+        shorter.sort(key=lambda entry: entry.left)
+        takes = dict.fromkeys(reading, 0)
+        budget, given = self._in_time(max(0, budget), reading[0]), 0
+        for entries, most in ((shorter, budget // 2), (reading, budget)):
+            for entry in entries:
+                more = max(0, min(most - given, entry.left - takes[entry]))
+                takes[entry] += more
+                given += more
+        return [(entry, tokens) for entry, tokens in takes.items() if tokens]
+
     def _awaits_pages(self, entry: Running) -> bool:
-        """Whether the next page of a prompt that has not begun is being computed for another
+        """Whether the next pages of a prompt that has not begun are being computed for another
         request. It first takes those that have been computed since it was admitted."""
         if entry.opened or not self.pool.shared_while_used:
             return False
-        keys, filled = entry.findable, entry.reserved.filled
-        reserved = self.pool.share(entry.number, keys, filled)
+        filled = entry.reserved.filled
+        reserved = self.pool.share(entry.number, entry.findable, filled)
         if reserved.filled > filled:
             entry.start_behind(reserved)
             self._may_admit = True
-        if reserved.filled == len(keys):
-            return False
-        leader = self._coming.get(keys[reserved.filled])
+        leader = self._coming.get(entry.awaited_key)
         # One that others keep from going on is not worth waiting for.
         return leader is not None and self.steps - leader.fed <= self.limits.in_flight + 1
+
+    def _repeating(self, fed: Sequence[tuple[Running, int]]) -> set[Running]:
+        """Those that would begin beside one whose pages they could wait for."""
+        late: set[Running] = set()
+        coming: set[bytes] = set()
+        for entry, _ in fed:
+            if entry.opened or not self.pool.shared_while_used:
+                continue
+            if entry.awaited_key in coming:
+                late.add(entry)
+            else:
+                coming.update(entry.keys[entry.kept :])
+        return late
 
     def _open(self, entry: Running) -> Opened:
         """Its first tokens go to the stages: it needs no more of others' pages, they may of its."""

@@ -82,6 +82,25 @@ def test_choices_of_one_prompt_read_it_once() -> None:
     assert [events[-1].cached_tokens for events in heard.values()] == [0] + [len(BOOK)] * 3
 
 
+def test_choices_of_one_prompt_that_fit_into_one_step_read_it_once_too() -> None:
+    """What none of them needs to read leaves room for others in that step."""
+    scheduler = wide(chunk=512)
+    for name in "abc":
+        scheduler.submit(ask(name, BOOK[:130]), lambda event: None)
+    scheduler.submit(ask("another", list(range(400))), lambda event: None)
+    sizes = [[len(at.tokens) for at in batch.segments] for batch in drive(scheduler)]
+    assert sizes[:2] == [[130, 382], [2, 2, 18]]
+
+
+def test_a_few_tokens_are_not_worth_waiting_for() -> None:
+    """The second one begins with the first, not a step later."""
+    scheduler = wide(chunk=512)
+    for name in "ab":
+        scheduler.submit(ask(name, BOOK[:50]), lambda event: None)
+    batch = scheduler.next_step()
+    assert batch is not None and [len(at.tokens) for at in batch.segments] == [50, 50]
+
+
 def fly(scheduler: Scheduler, depth: int) -> list[Batch]:
     """Run to the end with so many batches in flight."""
     batches: list[Batch] = []
@@ -139,11 +158,11 @@ def test_nobody_waits_for_a_request_that_others_hold_up() -> None:
     submit("slow", list(range(5000, 8000)))
     submit("begun", BOOK)
     step()
-    submit("short", BOOK[:64])
+    submit("short", BOOK[:160])
     for turn in range(8):
         for number in range(8):
             first = 10_000 * (8 * turn + number + 1)
-            submit(f"other {first}", list(range(first, first + 60)))
+            submit(f"other {first}", list(range(first, first + 200)))
         step()
     assert "short" in ended and "begun" not in ended
 
