@@ -2,8 +2,8 @@
 it breaks.
 
 A facade: `submit`, `generate`, `cancel`, `status`, `stats`. Its loop is three lines: schedule, run,
-apply. It knows no Ray: a `StageSource` brings stages up, in this process or elsewhere. Requests are
-lost with the pipeline; the engine is not.
+apply. It knows no Ray: a `StageSource` brings stages up, in this process or elsewhere. When the
+pipeline breaks, its requests wait until it is mended and go on where they were.
 """
 
 from __future__ import annotations
@@ -238,11 +238,20 @@ class Engine:
             self._serve(pipeline)
         except PipelineError as error:
             log.warning("the pipeline broke, repairing: %s", error)
-            self._lose("repairing", f"the engine lost its pipeline and is repairing: {error}")
+            self._replay(f"the engine lost its pipeline and is repairing: {error}")
         finally:
             with self._lock:
                 self._pipeline = None
             pipeline.close()
+
+    def _replay(self, reason: str) -> None:
+        """Leave the state "ready"; requests wait for the pipeline to come back."""
+        with self._lock:
+            self._status = EngineStatus("repairing", detail=reason)
+            lost = list(self._in_flight)
+            self._in_flight.clear()
+            if self._scheduler is not None:
+                self._scheduler.replay_all(lost, reason)
 
     def _lose(self, state: str, reason: str) -> None:
         """Leave the state "ready"; every request ends with an error event."""
@@ -284,5 +293,7 @@ class Engine:
             awaited = self._in_flight[0].step if self._in_flight else None
             if result.step != awaited:
                 raise ProtocolError(f"the result of step {result.step} came for step {awaited}")
+            if result.lost:
+                raise PipelineError(f"a stage's device failed: {result.error}")
             batch = self._in_flight.popleft()
             self._scheduler.apply(batch, result)

@@ -59,11 +59,13 @@ than that takes the reason with it."""
 
 
 class Envelope(msgspec.Struct, frozen=True):
-    """What a stage passes on: the batch, each stage's seconds, a failure if there was one."""
+    """What a stage passes on: the batch, each stage's seconds, a failure if there was one, and
+    whether it cost a stage its device."""
 
     batch: Batch
     stage_s: list[float] = []
     error: str | None = None
+    lost: bool = False
 
 
 # Made once: a decoded token pays for every look-up.
@@ -90,11 +92,12 @@ def forward_envelope(
     except StageError as failure:
         error = str(failure)
     spent = [*envelope.stage_s, time.perf_counter() - begin]
+    lost = envelope.lost or (error is not None and stage.lost)
     if not stage.is_last:
-        passed = Envelope(envelope.batch, spent, error)
+        passed = Envelope(envelope.batch, spent, error, lost)
         return (None if output is None else output.hidden_TI), passed
     segments = [] if output is None else output.segments
-    return None, Result(envelope.batch.step, segments, spent, error)
+    return None, Result(envelope.batch.step, segments, spent, error, lost)
 
 
 class LocalPipeline:

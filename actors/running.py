@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from actors.pages import PageKeys
 from actors.request import LENGTH, STOP, GenerateRequest, Sink
 from actors.windows import Reserved
-from sharding.batch import PAGE_SLOTS, Segment
+from sharding.batch import PAGE_SLOTS, Choice, Segment
 
 _WORTH_WAITING = 4  # pages: what a step spends on fewer tokens is not what it takes
 
@@ -19,8 +19,9 @@ class Running:
 
     `sent` tokens of prompt and answer entered the pipeline or were there, `done` of them came out.
     `passed`: how many that came later were admitted before it. `kept` of its pages have keys.
-    `fed`: the last step with tokens of its prompt, -1 before the first. Without `named` its pages
-    get no keys.
+    `fed`: the last step with tokens that it reads, -1 before the first. `scored`: prompt tokens
+    whose log-probabilities it heard. `losses`: how often the pipeline broke with tokens of its in
+    flight, `done_before`: how far it was then. Without `named` its pages get no keys.
     """
 
     number: int
@@ -33,8 +34,14 @@ class Running:
     passed: int = 0
     kept: int = 0
     fed: int = -1
+    scored: int = 0
+    cached_tokens: int = 0
+    losses: int = 0
+    done_before: int = 0
 
     def __post_init__(self) -> None:
+        self.given: Sequence[int] = self.request.prompt
+        """What it reads before it draws: its prompt, after a repair with what it had drawn."""
         self.stops = frozenset(self.request.sampling.stop_ids)
         self.reserved = Reserved([])
         self._names = PageKeys(self.request.cache_salt)
@@ -57,18 +64,18 @@ class Running:
 
     @property
     def left(self) -> int:
-        """Tokens of its prompt that did not enter the pipeline yet."""
-        return len(self.request.prompt) - self.sent
+        """Tokens that it reads and that did not enter the pipeline yet."""
+        return len(self.given) - self.sent
+
+    @property
+    def answering(self) -> bool:
+        """Whether its tokens come one by one."""
+        return bool(self.drawn) and not self.prefilling
 
     @property
     def decodable(self) -> bool:
         """Its newest token was drawn and has not entered the pipeline yet."""
-        return bool(self.drawn) and self.sent < len(self.request.prompt) + len(self.drawn)
-
-    @property
-    def cached_tokens(self) -> int:
-        """Of its prompt, whose KV was there already."""
-        return self.reserved.filled * PAGE_SLOTS
+        return self.answering and self.sent < len(self.request.prompt) + len(self.drawn)
 
     @property
     def keys(self) -> list[bytes]:
@@ -77,12 +84,12 @@ class Running:
 
     @property
     def findable(self) -> Sequence[bytes]:
-        """Keys of pages that may be filled already: not the one with the prompt's last token, which
-        draws, and none if every token is to be scored."""
+        """Keys of pages that may be filled already: not the one with the last token that it reads,
+        which draws, and none if every token is to be scored."""
         request = self.request
         if not request.cached or request.prompt_logprobs is not None:
             return ()
-        return self.keys[: (len(request.prompt) - 1) // PAGE_SLOTS]
+        return self.keys[: (len(self.given) - 1) // PAGE_SLOTS]
 
     @property
     def awaited_key(self) -> bytes:
@@ -103,26 +110,43 @@ class Running:
     def start_behind(self, reserved: Reserved) -> None:
         """These are its pages; what the first hold already need not be computed."""
         self.reserved, self.kept = reserved, reserved.filled
-        self.sent = self.done = self.cached_tokens
+        self.sent = self.done = reserved.filled * PAGE_SLOTS
+
+    def start_over(self) -> None:
+        """Its KV is gone. It reads again what it had read and drawn, and draws on: a draw depends
+        on its position, not on how the tokens before it came."""
+        self.done_before = max(self.done_before, self.done)
+        self.given = [*self.request.prompt, *self.drawn]
+        if self.named:
+            self.keys_to(len(self.given) // PAGE_SLOTS)
+        self.start_behind(Reserved([]))
+        self.fed = -1
 
     def chunk(self, tokens: int) -> Segment:
-        """The next piece of its prompt; the last piece draws the first token."""
+        """The next piece of what it reads; the last piece draws a token."""
         prompt, start = self.request.prompt, self.sent
         stop = start + tokens
         scored = self.request.prompt_logprobs
+        heard = scored is None or min(stop + 1, len(prompt)) <= self.scored + 1
         return Segment(
             self.number,
             start,
-            prompt[start:stop],
-            sample=stop == len(prompt) and self.request.max_tokens > 0,
-            targets=[] if scored is None else prompt[start + 1 : stop + 1],
+            list(self.given[start:stop]),
+            sample=stop == len(self.given) and self.request.max_tokens > 0,
+            targets=[] if heard else prompt[start + 1 : stop + 1],
             alternatives=scored or 0,
         )
+
+    def unheard(self, segment: Segment, scores: list[Choice]) -> list[Choice]:
+        """Of a segment's scores those that it did not hear before a repair."""
+        fresh = scores[max(0, self.scored - segment.start) :]
+        self.scored += len(fresh)
+        return fresh
 
     @property
     def finish_reason(self) -> str | None:
         """Why it is complete, None if it is not."""
-        if self.done < len(self.request.prompt):
+        if self.done < len(self.given):
             return None
         if self.drawn and self.drawn[-1] in self.stops:
             return STOP

@@ -13,7 +13,7 @@ while another request computes such pages, it waits for them.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -36,6 +36,9 @@ _TIMED_TOKENS = 16  # a step of fewer takes as long as one of one token
 
 LEAST_CHUNK = 2
 """Tokens of a step: one of a prompt beside one of an answer."""
+
+MOST_REPLAYS = 2
+"""How often a request begins again after the pipeline broke with tokens of its in flight."""
 
 MOST_PASSING = 32
 """Requests that may be admitted before an older one that needs more memory than is free."""
@@ -128,6 +131,24 @@ class Scheduler:
             self._end(entry)
         return entry is not None
 
+    def replay_all(self, lost: Iterable[Batch], message: str) -> None:
+        """The stages lost all KV, and these batches: every request begins again where it was. One
+        that was in flight each time when the pipeline broke ends with an error: it may be the
+        cause."""
+        suspects = {segment.request for batch in lost for segment in batch.segments}
+        for entry in list(self._running.values()):
+            entry.losses += entry.number in suspects
+            if entry.losses > MOST_REPLAYS:
+                self._fail(entry.number, f"{message}; {entry.losses} times in this request's work")
+                continue
+            self._leave(entry)
+            entry.start_over()
+            self._waiting.append(entry)
+        self._waiting = deque(sorted(self._waiting, key=lambda entry: entry.number))
+        self._closed.clear()
+        self.pool.forget()
+        self._may_admit = True
+
     def fail_all(self, message: str) -> None:
         """End every request with an error event: the stages lost what they knew."""
         for entry in list(self._entries.values()):
@@ -191,7 +212,7 @@ class Scheduler:
         With as many groups as batches in flight every stage has work; one batch of all of them
         would leave all stages but one idle.
         """
-        decoding = sum(1 for entry in self._running.values() if entry.drawn)
+        decoding = sum(entry.answering for entry in self._running.values())
         reading = any(entry.prefilling for entry in self._running.values())
         # A quarter stays for prompts: with answers enough they would never be read.
         most = self.limits.chunk - max(1, self.limits.chunk // 4) * reading
@@ -268,10 +289,12 @@ class Scheduler:
     def _open(self, entry: Running) -> Opened:
         """Its first tokens go to the stages: it needs no more of others' pages, they may of its."""
         request, reserved = entry.request, entry.reserved
-        self.cached_tokens += entry.sent
+        if not entry.done_before:
+            self.cached_tokens += entry.sent
+            entry.cached_tokens = entry.sent
         for key in entry.keys[entry.kept :]:
             self._coming.setdefault(key, entry)
-        known = request.prompt[: entry.sent] if request.sampling.needs_history else []
+        known = list(entry.given[: entry.sent]) if request.sampling.needs_history else []
         return Opened(
             entry.number,
             reserved.pages,
@@ -301,7 +324,7 @@ class Scheduler:
         """So many tokens of a prompt that a step takes `_STEP_S` on a stage, where others wait for
         their next token: as many steps as are in flight are what they feel. But no fewer than a
         sixteenth of a chunk, since small ones cost the prompt much."""
-        answering = any(entry.drawn for entry in self._running.values())
+        answering = any(entry.answering for entry in self._running.values())
         if not (answering and self._token_s):
             return budget
         tokens = int(_STEP_S / (self._token_s * self._price(oldest.sent)))
@@ -342,8 +365,9 @@ class Scheduler:
         reason = entry.finish_reason
         if reason is not None:
             self._end(entry)
-        done = min(entry.done, prompt)
-        entry.sink(Event(tokens, found.scores, done, entry.cached_tokens, reason))
+        done = min(max(entry.done, entry.done_before), prompt)
+        scores = entry.unheard(segment, found.scores)
+        entry.sink(Event(tokens, scores, done, entry.cached_tokens, reason))
 
     def _fail(self, number: int, message: str) -> None:
         entry = self._running.get(number)
@@ -354,9 +378,14 @@ class Scheduler:
     def _end(self, entry: Running) -> None:
         del self._entries[entry.request.request_id]
         self._may_admit = True
-        if self._running.pop(entry.number, None) is None:
+        if entry.number in self._running:
+            self._leave(entry)
+        else:
             self._waiting.remove(entry)
-            return
+
+    def _leave(self, entry: Running) -> None:
+        """It runs no more, and its pages are free."""
+        del self._running[entry.number]
         self._give_up(entry, len(entry.keys))
         self.pool.release(entry.number, entry.keys[: entry.kept], entry.sent)
         if entry.opened:

@@ -51,8 +51,7 @@ class Opened(msgspec.Struct, frozen=True):
 
     `window_pages`: where layers with a window have pages of their own, those of this request, which
     its tokens fill in turn: what falls out of the window is written over. `known`: if its draws
-    depend on the tokens before them, those of the prompt that no segment brings, as their KV is
-    there.
+    depend on the tokens before them, the first ones, which no segment brings as their KV is there.
     """
 
     request: int
@@ -122,10 +121,12 @@ class Result(msgspec.Struct, frozen=True):
     """The answer of the last stage to one batch.
 
     `stage_s`: seconds that each stage itself computed. `error`: why a stage could not do its part;
-    the batch's requests are then lost, the others are not.
+    the batch's requests are then lost, the others are not. `lost`: with it the stage's device, and
+    so the KV of all.
     """
 
     step: int
     segments: list[SegmentResult] = []
     stage_s: list[float] = []
     error: str | None = None
+    lost: bool = False

@@ -344,10 +344,14 @@ class Stage:
             return
         if entry.history is None:  # made here, where a full device costs a batch and not its books
             entry.history = History(self.shape.vocab, self.kernels.device)
-            entry.history.add_prompt(entry.opened.known)
-        border = max(0, entry.opened.prompt_tokens - segment.start)
-        entry.history.add_prompt(segment.tokens[:border])
-        entry.history.add_output(segment.tokens[border:])
+            self._count(entry.history, entry.opened, 0, entry.opened.known)
+        self._count(entry.history, entry.opened, segment.start, segment.tokens)
+
+    @staticmethod
+    def _count(history: History, opened: Opened, start: int, tokens: list[int]) -> None:
+        border = max(0, opened.prompt_tokens - start)
+        history.add_prompt(tokens[:border])
+        history.add_output(tokens[border:])
 
     def _draw(self, segment: Segment, logits_V: torch.Tensor) -> Choice:
         entry, position = self._open[segment.request], segment.start + len(segment.tokens)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from sharding.batch import PAGE_SLOTS, Batch, Opened, Segment
+from sharding.batch import PAGE_SLOTS, Batch, Choice, Opened, Result, Segment, SegmentResult
+
+
+def draw(history: list[int]) -> int:
+    """The token that follows these."""
+    return hash(tuple(history)) % 89
 
 
 class Memory:
@@ -16,9 +21,13 @@ class Memory:
         self._histories: dict[int, list[int]] = {}
         self._broken: set[int] = set()
 
-    def run(self, batch: Batch, prompts: dict[int, list[int]], fails: bool = False) -> None:
+    def run(self, batch: Batch, prompts: dict[int, list[int]], fails: bool = False) -> Result:
         """As a stage does it: closings, openings, then segments, which write and read. One that
-        fails leaves anything in its slots, and so do later ones of the same request."""
+        fails leaves anything in its slots, and so do later ones of the same request.
+
+        `prompts`: of each request, what may be there before its first segment. What is drawn
+        follows from all tokens before it.
+        """
         for request in batch.closed:
             del self._open[request]
         for opened in batch.opened:
@@ -38,6 +47,15 @@ class Memory:
         for segment in batch.segments:
             if segment.request not in self._broken:
                 self._read(segment)
+        return Result(
+            batch.step,
+            [
+                SegmentResult(
+                    at.request, Choice(draw(self._histories[at.request])) if at.sample else None
+                )
+                for at in batch.segments
+            ],
+        )
 
     def _read(self, segment: Segment) -> None:
         history = self._histories[segment.request]
