@@ -22,7 +22,8 @@ class GenerateRequest(msgspec.Struct, frozen=True):
     `request_id`: unique among running requests. `prompt`: at least one token id. `max_tokens`: most
     tokens to draw; 0 only scores the prompt. `prompt_logprobs`: log-probabilities of the prompt's
     own tokens with that many alternatives, or None. `cached`: whether KV of earlier requests that
-    began alike may be used, of those with the same `cache_salt`.
+    began alike may be used, of those with the same `cache_salt`. `drawn`: what another engine drew
+    for it, of its `max_tokens`; it is not told again.
     """
 
     request_id: str
@@ -32,6 +33,7 @@ class GenerateRequest(msgspec.Struct, frozen=True):
     prompt_logprobs: int | None = None
     cached: bool = True
     cache_salt: str = ""
+    drawn: list[int] = []
 
 
 class Event(msgspec.Struct, frozen=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from actors.pages import PageKeys
 from actors.request import LENGTH, STOP, GenerateRequest, Sink
@@ -28,7 +28,6 @@ class Running:
     request: GenerateRequest
     sink: Sink
     named: bool = True
-    drawn: list[int] = field(default_factory=list)
     sent: int = 0
     done: int = 0
     passed: int = 0
@@ -40,13 +39,14 @@ class Running:
     done_before: int = 0
 
     def __post_init__(self) -> None:
-        self.given: Sequence[int] = self.request.prompt
+        self.drawn = list(self.request.drawn)
+        self.given: Sequence[int] = [*self.request.prompt, *self.drawn]
         """What it reads before it draws: its prompt, after a repair with what it had drawn."""
         self.stops = frozenset(self.request.sampling.stop_ids)
         self.reserved = Reserved([])
         self._names = PageKeys(self.request.cache_salt)
         if self.named:
-            self._names.extend(self.request.prompt)
+            self._names.extend(self.given)
 
     @property
     def tokens(self) -> int:

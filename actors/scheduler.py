@@ -291,7 +291,7 @@ class Scheduler:
         request, reserved = entry.request, entry.reserved
         if not entry.done_before:
             self.cached_tokens += entry.sent
-            entry.cached_tokens = entry.sent
+            entry.cached_tokens = min(entry.sent, len(request.prompt))
         for key in entry.keys[entry.kept :]:
             self._coming.setdefault(key, entry)
         known = list(entry.given[: entry.sent]) if request.sampling.needs_history else []

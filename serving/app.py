@@ -11,7 +11,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from serving.config import ServeConfig, load_config
 from serving.feed import FeedAddress, FeedGoneError, Feeds, Subscription
 from serving.fetch import resolve_model
 from serving.http import create_app
+from serving.resume import ReplicaGoneError, resumed
 from serving.service import ServedModel, Service
 from sharding.errors import LongspanError, UnavailableError
 from sharding.gguf.reader import GGUFFile
@@ -52,6 +55,8 @@ _REPLICA: dict[str, Any] = {
 _WATCH_LOADING_S = 0.5
 _WATCH_READY_S = 5.0
 _STATUS_TIMEOUT_S = 2.0
+# Patience with a replica that is not there at all, while requests wait to go on.
+_GONE_S = 60.0
 _FEED_TIMEOUT_S = 10.0
 
 
@@ -148,7 +153,23 @@ class RemoteEngine:
         self._opening = asyncio.Lock()
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Event]:
-        """Events one by one; closing this iterator cancels the request."""
+        """Events one by one, over the death of a replica; closing this iterator cancels the
+        request."""
+        async with aclosing(resumed(request, self._attempt, self._serving_again)) as events:
+            async for event in events:
+                yield event
+
+    async def _serving_again(self) -> None:
+        """Wait for the replica that Serve starts for one that died, and for what it loads."""
+        deadline = time.monotonic() + _GONE_S
+        while (status := await self.status()).state != "ready":
+            if status.state != "failed":
+                deadline = time.monotonic() + _GONE_S
+            elif time.monotonic() > deadline:
+                raise UnavailableError(status.detail)
+            await asyncio.sleep(_WATCH_LOADING_S)
+
+    async def _attempt(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         subscription = await self._subscribed()
         news: asyncio.Queue[list[Event] | None] = asyncio.Queue()
         subscription.take(request.request_id, news.put_nowait)
@@ -161,7 +182,7 @@ class RemoteEngine:
             except RayTaskError as error:
                 refused.append(_cause(error))
             except (RayError, RayServeException) as error:
-                refused.append(UnavailableError(f"the engine replica is gone: {error}"))
+                refused.append(ReplicaGoneError(f"the engine replica is gone: {error}"))
             except asyncio.CancelledError:  # ours, or Serve's
                 refused.append(UnavailableError("the engine cancelled the call"))
                 raise
@@ -176,7 +197,7 @@ class RemoteEngine:
                 events = await news.get()
                 if events is None:
                     self._doubt(subscription, refused)
-                    raise refused[0] if refused else UnavailableError("the engine replica is gone")
+                    raise refused[0] if refused else ReplicaGoneError("the engine replica is gone")
                 for event in events:
                     ended = event.last
                     yield event
@@ -195,7 +216,7 @@ class RemoteEngine:
 
     async def _subscribed(self) -> Subscription:
         """To the replica there is; it may be another one than last time. All that wait for it do so
-        together: raises `UnavailableError` when it does not answer in time."""
+        together: raises `ReplicaGoneError` when it does not answer in time."""
         try:
             async with asyncio.timeout(_FEED_TIMEOUT_S), self._opening:
                 if self._subscription is None or not self._subscription.alive:
@@ -204,7 +225,7 @@ class RemoteEngine:
                     self._subscription = await Subscription.open(address, node)
                 return self._subscription
         except (RayError, RayServeException, TimeoutError) as error:
-            raise UnavailableError(_silence(error)) from error
+            raise ReplicaGoneError(_silence(error)) from error
 
     async def status(self) -> EngineStatus:
         """The engine's word, or that it has none: a handle would wait for a new replica for

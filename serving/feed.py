@@ -26,7 +26,7 @@ from collections.abc import Callable
 import msgspec
 
 from actors.request import Event
-from sharding.errors import UnavailableError
+from serving.resume import ReplicaGoneError
 
 GAP_S = 0.1
 """Least time between two departures of a feed with tokens that nobody waits for most. On two cores
@@ -48,7 +48,7 @@ Bundle = list[tuple[str, list[Event]]]
 _bundles = msgspec.msgpack.Decoder(Bundle)
 
 
-class FeedGoneError(UnavailableError):
+class FeedGoneError(ReplicaGoneError):
     """The feed that a request names is none of this replica's."""
 
 
@@ -218,7 +218,7 @@ class Subscription:
 
     @classmethod
     async def open(cls, address: FeedAddress, node: str) -> Subscription:
-        """From `node`. Raises `UnavailableError`."""
+        """From `node`. Raises `ReplicaGoneError`."""
         name, writer = secrets.token_hex(16), None
         try:
             async with asyncio.timeout(_CONNECT_TIMEOUT_S):
@@ -229,7 +229,7 @@ class Subscription:
         except (OSError, EOFError, ValueError, TimeoutError) as error:
             if writer is not None:
                 writer.close()
-            raise UnavailableError(f"the engine replica is gone: {error}") from error
+            raise ReplicaGoneError(f"the engine replica is gone: {error}") from error
         return cls(name, reader, writer)
 
     def take(self, request_id: str, sink: Callable[[list[Event] | None], None]) -> None:
