@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from contextlib import aclosing
 from functools import partial
@@ -19,7 +20,7 @@ from pydantic import BaseModel
 
 from actors.request import Event, GenerateRequest
 from serving.errors import error_body
-from serving.openai import PromptDetails, Usage
+from serving.openai import PromptDetails, PromptProgress, Usage
 from serving.prepare import Job
 from serving.service import EngineClient, Service
 from serving.text import AnswerText, Piece
@@ -37,6 +38,9 @@ class Wording(Protocol):
 
     def chunks(self, index: int, piece: Piece) -> Iterable[BaseModel]:
         """The chunks that say `piece`."""
+
+    def progress(self, index: int, progress: PromptProgress) -> BaseModel:
+        """The chunk that says how far a choice's prompt was read."""
 
     def closing(self, usage: Usage) -> BaseModel:
         """The chunk that says the usage."""
@@ -148,6 +152,29 @@ def _ours(error: BaseException) -> LongspanError:
     return LongspanError("the server failed on this request; its log says why")
 
 
+class _Reading:
+    """How far the prompts of a job were read, if its client wants to know."""
+
+    def __init__(self, job: Job) -> None:
+        self._wanted = job.return_progress
+        self._totals = [len(request.prompt) for request in job.requests]
+        self._told = [0] * len(job.requests)
+        self._begin = time.monotonic()
+
+    def take(self, index: int, piece: Piece, text: AnswerText) -> PromptProgress | None:
+        """The news in a piece, if there are any."""
+        if not self._wanted or piece.prompt_done <= self._told[index]:
+            return None
+        self._told[index] = piece.prompt_done
+        spent_ms = int((time.monotonic() - self._begin) * 1e3)
+        return PromptProgress(
+            total=self._totals[index],
+            cache=text.cached_tokens,
+            processed=piece.prompt_done,
+            time_ms=spent_ms,
+        )
+
+
 async def stream(
     service: Service, job: Job, wording: Wording
 ) -> AsyncGenerator[BaseModel | None, None]:
@@ -162,10 +189,12 @@ async def stream(
         yield None
         for chunk in wording.opening():
             yield chunk
-        texts = _texts(service, job)
+        texts, reading = _texts(service, job), _Reading(job)
         try:
             async with aclosing(_pieces(running, texts)) as pieces:
                 async for index, piece in pieces:
+                    if progress := reading.take(index, piece, texts[index]):
+                        yield wording.progress(index, progress)
                     for chunk in wording.chunks(index, piece):
                         yield chunk
         except LongspanError as error:

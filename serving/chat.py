@@ -15,9 +15,11 @@ from serving.openai import (
     ChatCompletion,
     ChatLogprobs,
     ChatMessage,
+    ChatProgress,
     ChatRequest,
     ChunkChoice,
     Delta,
+    PromptProgress,
     TextPart,
     TokenLogprob,
     TopLogprob,
@@ -111,6 +113,11 @@ class ChatWording:
         if piece.finish_reason is not None:
             end = ChunkChoice(index=index, delta=Delta(), finish_reason=piece.finish_reason)
             yield self._chunk([end])
+
+    def progress(self, index: int, progress: PromptProgress) -> ChatProgress:
+        """An empty delta, with what was read."""
+        chunk = self._chunk([ChunkChoice(index=index, delta=Delta())])
+        return ChatProgress(**dict(chunk), prompt_progress=progress)
 
     def closing(self, usage: Usage) -> ChatChunk:
         """The usage, without choices."""

@@ -11,8 +11,10 @@ from serving.openai import (
     Completion,
     CompletionChoice,
     CompletionLogprobs,
+    CompletionProgress,
     CompletionRequest,
     FinishReason,
+    PromptProgress,
     Usage,
 )
 from serving.prepare import Job, Scores, build_job, check_body, check_length, check_tokens
@@ -85,6 +87,10 @@ class CompletionWording:
             yield self._chunk(index, piece.text, self._logprobs(index, piece.tokens))
         if piece.finish_reason is not None:
             yield self._chunk(index, "", finish_reason=piece.finish_reason)
+
+    def progress(self, index: int, progress: PromptProgress) -> CompletionProgress:
+        """An empty text, with what was read of the prompt."""
+        return CompletionProgress(**dict(self._chunk(index, "")), prompt_progress=progress)
 
     def closing(self, usage: Usage) -> Completion:
         """The usage, without choices."""

@@ -89,6 +89,9 @@ class GenerationRequest(_Request):
     cache_prompt: bool | None = Field(
         None, description="False: read all of the prompt, also what the KV is there of already."
     )
+    return_progress: bool | None = Field(
+        None, description="With stream: tell how much of the prompt was read, in chunks of its own."
+    )
     cache_salt: Annotated[str, Field(min_length=1, max_length=1000)] | None = Field(
         None, description="Share KV only with requests of the same salt."
     )
@@ -241,6 +244,22 @@ class ChatChunk(_Answer):
     usage: Usage | None = None
 
 
+class PromptProgress(BaseModel):
+    """How far a prompt of `total` tokens was read: `processed` of them, with the `cache`d ones,
+    whose KV was there; `time_ms`: since the request was accepted. As llama.cpp's."""
+
+    total: int
+    cache: int
+    processed: int
+    time_ms: int
+
+
+class ChatProgress(ChatChunk):
+    """A chunk that adds nothing to the answer."""
+
+    prompt_progress: PromptProgress
+
+
 class CompletionLogprobs(BaseModel):
     """Parallel lists over tokens; null where nothing precedes a token. `text_offset`: where a token
     begins in the choice's text, in characters."""
@@ -266,6 +285,12 @@ class Completion(_Answer):
     object: Literal["text_completion"] = "text_completion"
     choices: list[CompletionChoice]
     usage: Usage | None = None
+
+
+class CompletionProgress(Completion):
+    """A chunk that adds nothing to the answer."""
+
+    prompt_progress: PromptProgress
 
 
 class ModelCard(BaseModel):

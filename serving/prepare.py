@@ -60,7 +60,6 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "reasoning_effort": (None, "none"),
     "repeat_last_n": (None, -1),
     "response_format": (*_OFF, {"type": "text"}),
-    "return_progress": _OFF,
     "return_token_ids": _OFF,
     "return_token_strs": _OFF,
     "return_tokens_as_token_ids": _OFF,
@@ -97,6 +96,7 @@ class Job:
     skip: bool
     include_usage: bool
     prompt_tokens: int
+    return_progress: bool = False
 
 
 @dataclass(frozen=True)
@@ -210,6 +210,7 @@ def build_job(
         skip=body.skip_special_tokens is not False,
         include_usage=bool(body.stream_options and body.stream_options.include_usage),
         prompt_tokens=sum(map(len, prompts)),
+        return_progress=bool(body.return_progress),
     )
 
 

@@ -91,12 +91,14 @@ class PlacedToken:
 
 @dataclass(frozen=True)
 class Piece:
-    """What became known of one answer: text that may be sent, its tokens, and how it ended."""
+    """What became known of one answer: text that may be sent, its tokens, and how it ended;
+    `prompt_done`: tokens of its prompt read so far."""
 
     text: str = ""
     tokens: list[PlacedToken] = field(default_factory=list)
     prompt_scores: list[Choice] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    prompt_done: int = 0
 
 
 class AnswerText:
@@ -135,7 +137,7 @@ class AnswerText:
         elif event.finish_reason is not None:
             self.finish_reason = "length" if event.finish_reason == LENGTH else "stop"
         text, tokens = self._release()
-        return Piece(text, tokens, event.prompt_scores, self.finish_reason)
+        return Piece(text, tokens, event.prompt_scores, self.finish_reason, event.prompt_done)
 
     def _append(self, text: str, choice: Choice | None = None) -> None:
         start = self._length

@@ -54,6 +54,39 @@ def test_all_chunks_have_one_id_and_one_time() -> None:
     assert len({(chunk["id"], chunk["created"]) for chunk in chunks}) == 1
 
 
+def reading(request: GenerateRequest) -> Iterable[Step]:
+    """A script that reads a prompt of which something was there, in three chunks."""
+    yield ACCEPTED
+    for done in (48, 80, 100):
+        tokens = choices("a") if done == 100 else []
+        yield Event(tokens=tokens, prompt_done=done, cached_tokens=16)
+    yield Event(tokens=choices("b"), prompt_done=100, cached_tokens=16, finish_reason=LENGTH)
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_a_long_prompt_tells_how_far_it_was_read(path: str) -> None:
+    """As llama.cpp does; a client that knows nothing of it sees chunks that add nothing."""
+    world = World(reading)
+    asked = chat_body("x" * 95) if "chat" in path else {"prompt": "x" * 99}
+    body = {**asked, "stream": True, "return_progress": True}
+    chunks = frames(world.post(path, body))[:-1]
+    told = [chunk["prompt_progress"] for chunk in chunks if "prompt_progress" in chunk]
+    total = len(world.engine.requests[0].prompt)
+    assert [(each["cache"], each["processed"]) for each in told] == [(16, 48), (16, 80), (16, 100)]
+    assert {each["total"] for each in told} == {total}
+    assert all(each["time_ms"] >= 0 for each in told)
+    silent = frames(world.post(path, {**asked, "stream": True}))[:-1]
+    assert not any("prompt_progress" in chunk for chunk in silent)
+
+    def said(chunks: list[Any]) -> list[str]:
+        parts = [chunk["choices"][0] for chunk in chunks]
+        return [
+            part["delta"].get("content", "") if "chat" in path else part["text"] for part in parts
+        ]
+
+    assert [text for text in said(chunks) if text] == [text for text in said(silent) if text]
+
+
 def test_usage_comes_last_and_only_if_asked_for() -> None:
     options = {"include_usage": True}
     *chunks, usage, _ = frames(World(saying("Hi")).chat(stream=True, stream_options=options))
