@@ -23,6 +23,7 @@ from actors.meters import Meters
 from actors.pipeline import Pipeline
 from actors.recovery import wait_before
 from actors.request import Event, GenerateRequest, Sink
+from actors.running import page_names
 from actors.scheduler import Limits, Scheduler
 from actors.stats import EngineStats, EngineStatus, StageStats
 from sharding.batch import Batch, Result
@@ -106,13 +107,15 @@ class Engine:
 
         Raises `UnavailableError`, `BusyError` or `ContextLengthError`.
         """
+        scheduler = self._scheduler
+        names = page_names(request, scheduler is not None and scheduler.limits.prefix_cache)
         with self._lock:
             if self._status.state != "ready" or self._scheduler is None:
                 self._meters.refuse("unavailable")
                 reason = f": {self._status.detail}" if self._status.detail else ""
                 raise UnavailableError(f"the engine is {self._status.state}{reason}")
             try:
-                self._scheduler.submit(request, self._meters.watch(request, sink))
+                self._scheduler.submit(request, self._meters.watch(request, sink), names)
             except (BusyError, ContextLengthError) as error:
                 self._meters.refuse("busy" if isinstance(error, BusyError) else "context")
                 raise

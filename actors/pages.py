@@ -38,7 +38,9 @@ class PageKeys:
     def __init__(self, salt: str = "") -> None:
         """Requests of different `salt` share nothing."""
         self.keys: list[bytes] = []
-        self._last = blake2b(salt.encode(errors="surrogatepass"), digest_size=_KEY_BYTES).digest()
+        # Of another kind than pages' keys: no salt can pass for the beginning of a text.
+        seed = salt.encode(errors="surrogatepass")
+        self._last = blake2b(seed, digest_size=_KEY_BYTES, person=b"salt").digest()
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Add the tokens that follow; the last of them that fill no page are left out."""
@@ -61,6 +63,10 @@ class PagePool:
         self._users: dict[int, int] = {}
         self._page_of: dict[bytes, int] = {}
         self._key_of: dict[int, bytes] = {}
+        self.version = 0
+        """Grows when more is free, or when more can be found."""
+        self.freed = 0
+        """Grows when more is free."""
 
     @property
     def free(self) -> int:
@@ -72,19 +78,23 @@ class PagePool:
         """Of these, the pages whose KV is kept."""
         return len(self._unused)
 
-    def find(self, keys: Sequence[bytes], start: int = 0) -> int:
-        """How many of the first `keys` have a page, without a gap; the first `start` do."""
-        for count in range(start, len(keys)):
+    def find(self, keys: Sequence[bytes], stop: int, start: int = 0) -> int:
+        """How many of the first `stop` keys have a page, without a gap; the first `start` did."""
+        if start and keys[start - 1] not in self._page_of:
+            start = 0
+        for count in range(start, stop):
             if keys[count] not in self._page_of:
                 return count
-        return len(keys)
+        return stop
 
     def reserve(self, request: int, tokens: int, keys: Sequence[bytes] = ()) -> list[int] | None:
         """Pages for so many tokens, or None when not enough are free now. The first are those of
         `keys`, all of which have one."""
         assert request not in self._owned, f"request {request} owns pages already"
+        fresh = pages_for(tokens) - len(keys)
+        if fresh > self.free:
+            return None
         shared = [self._page_of[key] for key in keys]
-        fresh = pages_for(tokens) - len(shared)
         assert fresh >= 0, f"{len(shared)} pages are more than {tokens} tokens need"
         if fresh > self.free - sum(page in self._unused for page in shared):
             return None
@@ -94,23 +104,37 @@ class PagePool:
         self._owned[request] = pages
         return list(pages)
 
-    def share(self, request: int, keys: Sequence[bytes], start: int) -> list[int]:
-        """Give up the request's own pages from number `start` on for those of the keys from there
-        on, all of which have one; returns its pages."""
+    def pages_of(self, request: int) -> list[int]:
+        """The request's pages, in order."""
+        return list(self._owned[request])
+
+    def share(self, request: int, keys: Sequence[bytes], start: int, stop: int) -> None:
+        """Give up the request's own pages `[start, stop)` for those of the keys, all of which have
+        one."""
         pages = self._owned[request]
-        for index in range(start, len(keys)):
+        for index in range(start, stop):
             self._leave(pages[index])
             pages[index] = self._page_of[keys[index]]
             self._use(pages[index])
-        return list(pages)
 
     def keep(self, request: int, index: int, key: bytes) -> None:
         """A request's page is full: its KV is what `key` stands for. If another page has that KV
-        already, this one goes without a key."""
-        page = self._owned[request][index]
-        if key not in self._page_of:
-            assert page not in self._key_of, f"page {page} is full already"
-            self._page_of[key], self._key_of[page] = page, key
+        already and somebody uses it, this one goes without a key."""
+        page, twin = self._owned[request][index], self._page_of.get(key)
+        if twin is not None:
+            if twin not in self._unused:
+                return
+            del self._unused[twin], self._key_of[twin]
+            self._blank.append(twin)
+        assert page not in self._key_of, f"page {page} is full already"
+        self._page_of[key], self._key_of[page] = page, key
+        self.version += 1
+
+    def distrust(self, request: int) -> None:
+        """What only this request's pages hold is not to be found any more."""
+        for page in self._owned[request]:
+            if self._users[page] == 1 and page in self._key_of:
+                del self._page_of[self._key_of.pop(page)]
 
     def release(self, request: int) -> None:
         """The request uses its pages no more. The last of them are written anew first: they are of
@@ -143,6 +167,8 @@ class PagePool:
         if self._users[page]:
             return
         del self._users[page]
+        self.freed += 1
+        self.version += 1
         if page in self._key_of:
             self._unused[page] = None
         else:

@@ -17,8 +17,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
+from actors.pages import PageKeys
 from actors.request import Event, GenerateRequest, Sink
-from actors.running import Running
+from actors.running import Running, page_names
+from actors.sharing import Leaders, late
 from actors.windows import PagePools
 from sharding.batch import (
     CHUNK,
@@ -84,8 +86,8 @@ class Scheduler:
         self._entries: dict[str, Running] = {}
         self._next_number = 0
         self._closed: list[int] = []
-        self._coming: dict[bytes, Running] = {}  # who computes the page of a key
-        self._may_admit = False  # something changed since nobody could be
+        self._leaders = Leaders(limits.in_flight + 1)
+        self._admission: tuple[int, int, int] | None = None  # what it depended on when last tried
         self._token_s = 0.0  # of a prompt; 0 until one was read
 
     @property
@@ -98,8 +100,9 @@ class Scheduler:
         """Requests that own KV."""
         return len(self._running)
 
-    def submit(self, request: GenerateRequest, sink: Sink) -> None:
-        """Queue a request, or raise `ContextLengthError` (never fits) or `BusyError` (full)."""
+    def submit(self, request: GenerateRequest, sink: Sink, names: PageKeys | None = None) -> None:
+        """Queue a request, or raise `ContextLengthError` (never fits) or `BusyError` (full).
+        `names`: its `page_names`, which take a while; None: made here."""
         prompt, total = len(request.prompt), len(request.prompt) + request.max_tokens
         most = self.limits.most_tokens
         if total > most:
@@ -113,10 +116,11 @@ class Scheduler:
         assert request.prompt, "serving lets no empty prompt through"
         assert request.request_id not in self._entries, f"{request.request_id} is running"
         self._next_number += 1
-        entry = Running(self._next_number, request, sink, self.limits.prefix_cache)
+        if names is None:
+            names = page_names(request, self.limits.prefix_cache)
+        entry = Running(self._next_number, request, sink, names)
         self._entries[request.request_id] = entry
         self._waiting.append(entry)
-        self._may_admit = True
         sink(Event())
 
     def _all_fit(self, tokens: int) -> bool:
@@ -142,12 +146,11 @@ class Scheduler:
                 self._fail(entry.number, f"{message}; {entry.losses} times in this request's work")
                 continue
             self._leave(entry)
-            entry.start_over()
+            entry.start_over(self.limits.prefix_cache)
             self._waiting.append(entry)
         self._waiting = deque(sorted(self._waiting, key=lambda entry: entry.number))
         self._closed.clear()
         self.pool.forget()
-        self._may_admit = True
 
     def fail_all(self, message: str) -> None:
         """End every request with an error event: the stages lost what they knew."""
@@ -188,23 +191,33 @@ class Scheduler:
     def _admit(self) -> None:
         """First come, first served; while one finds no room, those behind it that do pass it. Not
         for ever: after `MOST_PASSING` of them it is next."""
-        if not self._may_admit:
+        if self._admission == (self.pool.version, self._next_number, len(self._waiting)):
             return
-        self._may_admit = False
         first: Running | None = None
         tried = 0
         for entry in list(self._waiting):
             if first is not None and max(first.passed, tried) >= MOST_PASSING:
                 break
-            reserved = self.pool.reserve(entry.number, entry.tokens, entry.findable)
-            if reserved is None:
+            filled = self._reserved(entry)
+            if filled is None:
                 first, tried = first or entry, tried + 1
                 continue
             if first is not None:
                 first.passed += 1
             self._waiting.remove(entry)
             self._running[entry.number] = entry
-            entry.start_behind(reserved)
+            entry.start_behind(filled)
+        self._admission = (self.pool.version, self._next_number, len(self._waiting))
+
+    def _reserved(self, entry: Running) -> int | None:
+        """Take its pages if there is room; how many of the first are filled. Looks no closer than
+        what changed since it was last tried: some wait with prompts of a million tokens."""
+        entry.found = self.pool.find(entry.keys, entry.findable, entry.found)
+        tried = (entry.found, self.pool.freed)
+        if tried == entry.tried:
+            return None
+        entry.tried = tried
+        return self.pool.reserve(entry.number, entry.tokens, entry.keys, entry.found)
 
     def _decode_segments(self) -> list[Segment]:
         """One token of each request that has one, but no more than its share of the requests.
@@ -231,8 +244,8 @@ class Scheduler:
         prefilling = [entry for entry in self._running.values() if entry.prefilling]
         reading = [entry for entry in prefilling if not self._awaits_pages(entry)]
         fed = self._divided(reading, budget)
-        while late := self._repeating(fed):
-            reading = [entry for entry in reading if entry not in late]
+        while self.pool.shared_while_used and (waiting := late((at for at, _ in fed), reading)):
+            reading = [entry for entry in reading if entry not in waiting]
             fed = self._divided(reading, budget)
         opened = [self._open(entry) for entry, _ in fed if not entry.opened]
         segments = []
@@ -264,45 +277,19 @@ class Scheduler:
         request. It first takes those that have been computed since it was admitted."""
         if entry.opened or not self.pool.shared_while_used:
             return False
-        filled = entry.reserved.filled
-        reserved = self.pool.share(entry.number, entry.findable, filled)
-        if reserved.filled > filled:
-            entry.start_behind(reserved)
-            self._may_admit = True
-        leader = self._coming.get(entry.awaited_key)
-        # One that others keep from going on is not worth waiting for.
-        return leader is not None and self.steps - leader.fed <= self.limits.in_flight + 1
-
-    def _repeating(self, fed: Sequence[tuple[Running, int]]) -> set[Running]:
-        """Those that would begin beside one whose pages they could wait for."""
-        late: set[Running] = set()
-        coming: set[bytes] = set()
-        for entry, _ in fed:
-            if entry.opened or not self.pool.shared_while_used:
-                continue
-            if entry.awaited_key in coming:
-                late.add(entry)
-            else:
-                coming.update(entry.keys[entry.kept :])
-        return late
+        filled = self.pool.share(entry.number, entry.keys, entry.findable, entry.filled)
+        if filled > entry.filled:
+            entry.start_behind(filled)
+        return self._leaders.awaited(entry, self.steps)
 
     def _open(self, entry: Running) -> Opened:
         """Its first tokens go to the stages: it needs no more of others' pages, they may of its."""
-        request, reserved = entry.request, entry.reserved
         if not entry.done_before:
             self.cached_tokens += entry.sent
-            entry.cached_tokens = min(entry.sent, len(request.prompt))
-        for key in entry.keys[entry.kept :]:
-            self._coming.setdefault(key, entry)
-        known = list(entry.given[: entry.sent]) if request.sampling.needs_history else []
-        return Opened(
-            entry.number,
-            reserved.pages,
-            len(request.prompt),
-            request.sampling,
-            reserved.window_pages,
-            known,
-        )
+            entry.cached_tokens = min(entry.sent, len(entry.request.prompt))
+        self._leaders.add(entry, self.steps)
+        pages, window_pages = self.pool.pages_of(entry.number)
+        return entry.opening(pages, window_pages)
 
     def _keep_full(self, entry: Running) -> None:
         """Give the pages that are full now their keys."""
@@ -311,14 +298,8 @@ class Scheduler:
             return
         for index, key in enumerate(entry.keys_to(full)[entry.kept :], entry.kept):
             self.pool.keep(entry.number, index, key)
-        self._give_up(entry, full)
-        entry.kept, self._may_admit = full, True
-
-    def _give_up(self, entry: Running, stop: int) -> None:
-        """Nobody needs to wait any more for its pages up to number `stop`."""
-        for key in entry.keys[entry.kept : stop]:
-            if self._coming.get(key) is entry:
-                del self._coming[key]
+        self._leaders.drop(entry, full)
+        entry.kept = full
 
     def _in_time(self, budget: int, oldest: Running) -> int:
         """So many tokens of a prompt that a step takes `_STEP_S` on a stage, where others wait for
@@ -353,6 +334,7 @@ class Scheduler:
 
     def _advance(self, entry: Running, segment: Segment, found: SegmentResult) -> None:
         if found.error is not None:
+            self.pool.distrust(entry.number)
             self._fail(entry.number, found.error)
             return
         prompt = len(entry.request.prompt)
@@ -377,7 +359,6 @@ class Scheduler:
 
     def _end(self, entry: Running) -> None:
         del self._entries[entry.request.request_id]
-        self._may_admit = True
         if entry.number in self._running:
             self._leave(entry)
         else:
@@ -386,7 +367,7 @@ class Scheduler:
     def _leave(self, entry: Running) -> None:
         """It runs no more, and its pages are free."""
         del self._running[entry.number]
-        self._give_up(entry, len(entry.keys))
+        self._leaders.drop(entry, len(entry.keys))
         self.pool.release(entry.number, entry.keys[: entry.kept], entry.sent)
         if entry.opened:
             self._closed.append(entry.number)
@@ -397,4 +378,4 @@ class Scheduler:
         assert len(self._entries) == len(self._running) + len(self._waiting)
         if not self._running:
             assert self.pool.idle, "pages without an owner"
-            assert not self._coming, "pages that nobody computes"
+            assert not self._leaders, "pages that nobody computes"

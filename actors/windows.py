@@ -10,29 +10,20 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from actors.pages import PagePool, pages_for
 from sharding.batch import PAGE_SLOTS
 
 
 @dataclass(frozen=True)
-class Reserved:
-    """A request's pages, and those for layers with a window. The first `filled` of `pages` hold the
-    KV of its first tokens."""
-
-    pages: list[int]
-    window_pages: list[int] = field(default_factory=list)
-    filled: int = 0
-
-
-@dataclass(frozen=True)
 class _Ring:
     """What a request left: its pages, and where another may go on: so many pages of tokens before
-    it, and the key that these end with."""
+    it, and the key that these end with. No page of tokens before number `oldest` is in it."""
 
     pages: list[int]
     ends: dict[int, bytes]
+    oldest: int
 
 
 class _Rings:
@@ -43,6 +34,7 @@ class _Rings:
         self._ring, self._window = ring, window
         self._blank = list(range(pages - 1, -1, -1))
         self._owned: dict[int, list[int]] = {}
+        self._oldest: dict[int, int] = {}  # of a ring that was handed on, by its new owner
         self._kept: OrderedDict[int, _Ring] = OrderedDict()  # by request; left longest ago first
 
     @property
@@ -54,42 +46,47 @@ class _Rings:
         """Pages of a request of so many tokens."""
         return min(pages_for(tokens), self._ring)
 
-    def find(self, keys: Sequence[bytes]) -> tuple[int, int]:
-        """After how many of the pages with these keys a request may go on (0: none), and in whose
-        ring."""
+    def find(self, keys: Sequence[bytes], stop: int) -> tuple[int, int]:
+        """After how many of the first `stop` pages, which have these keys, a request may go on (0:
+        none), and in whose ring."""
         fitting = [
             (end, number)
             for number, ring in self._kept.items()
             for end, key in ring.ends.items()
-            if end <= len(keys) and keys[end - 1] == key
+            if end <= stop and keys[end - 1] == key
         ]
         return max(fitting, default=(0, 0))
 
     def reserve(self, request: int, tokens: int, giver: int) -> list[int]:
         """Pages for so many tokens, of which enough are free: first those of the ring that `giver`
         left (0: nobody's), whose tokens lie where this request's will."""
-        pages = self._kept.pop(giver).pages if giver else []
-        count = self.needed(tokens)
+        ring = self._kept.pop(giver) if giver else _Ring([], {}, 0)
+        pages, count = ring.pages, self.needed(tokens)
         self._blank.extend(reversed(pages[count:]))
         while len(self._blank) < count - len(pages):
-            _, ring = self._kept.popitem(last=False)
-            self._blank.extend(reversed(ring.pages))
+            _, other = self._kept.popitem(last=False)
+            self._blank.extend(reversed(other.pages))
         pages = pages[:count] + [self._blank.pop() for _ in range(count - len(pages))]
-        self._owned[request] = pages
+        self._owned[request], self._oldest[request] = pages, ring.oldest
         return list(pages)
+
+    def pages_of(self, request: int) -> list[int]:
+        """The request's ring."""
+        return list(self._owned[request])
 
     def release(self, request: int, keys: Sequence[bytes], written: int) -> None:
         """Free a request's ring, and keep it until its pages are needed. `keys` are those of the
         request's full pages; so many of its tokens are written, or will be by what is in flight."""
         pages = self._owned.pop(request)
-        oldest = (written - 1) // PAGE_SLOTS - self._ring + 1
+        # It need not have written as far as who had the ring before.
+        oldest = max(self._oldest.pop(request), (written - 1) // PAGE_SLOTS - self._ring + 1)
         ends: dict[int, bytes] = {}
         for end in range(len(keys) if pages else 0, 0, -1):
             if self._first_seen(end) < oldest:
                 break
             ends[end] = keys[end - 1]
         if ends:
-            self._kept[request] = _Ring(pages, ends)
+            self._kept[request] = _Ring(pages, ends, oldest)
         else:
             self._blank.extend(reversed(pages))
 
@@ -158,25 +155,53 @@ class PagePools:
         window = sum(self._rings.needed(count) for count in tokens)
         return whole <= self._whole.free and window <= self._rings.free
 
-    def reserve(self, request: int, tokens: int, keys: Sequence[bytes] = ()) -> Reserved | None:
-        """Pages for so many tokens, or None when not enough are free now. As many of the first are
-        filled as can be found under `keys`."""
-        filled, giver = self._whole.find(keys), 0
-        if not self.shared_while_used:
-            filled, giver = self._rings.find(keys[:filled])
-        if self._rings.needed(tokens) > self._rings.free:
-            return None
-        pages = self._whole.reserve(request, tokens, keys[:filled])
-        if pages is None:
-            return None
-        return Reserved(pages, self._rings.reserve(request, tokens, giver), filled)
+    @property
+    def version(self) -> int:
+        """Grows whenever a request that found no room may find some."""
+        return self._whole.version
 
-    def share(self, request: int, keys: Sequence[bytes], filled: int) -> Reserved:
-        """What others filled since `reserve`, after which the first `filled` pages were: for a
-        request that wrote none yet. Not while pages cannot be shared."""
+    @property
+    def freed(self) -> int:
+        """Grows whenever pages become free."""
+        return self._whole.freed
+
+    def find(self, keys: Sequence[bytes], stop: int, start: int = 0) -> int:
+        """How many of the first `stop` pages with these keys there are, in all layers; the first
+        `start` were. The order in which pages are written anew may leave a gap before those."""
+        return self._whole.find(keys, stop, start)
+
+    def reserve(
+        self, request: int, tokens: int, keys: Sequence[bytes] = (), stop: int = 0
+    ) -> int | None:
+        """Take pages for so many tokens, or None when not enough are free now. Answers how many of
+        the first are filled: as many of the first `stop` as can be found under their keys."""
+        fresh, window = pages_for(tokens), self._rings.needed(tokens)
+        if fresh - stop > self._whole.free or window > self._rings.free:
+            return None
+        filled, giver = self._whole.find(keys, stop), 0
+        if not self.shared_while_used:
+            filled, giver = self._rings.find(keys, filled)
+        if self._whole.reserve(request, tokens, keys[:filled]) is None:
+            return None
+        self._rings.reserve(request, tokens, giver)
+        return filled
+
+    def share(self, request: int, keys: Sequence[bytes], stop: int, filled: int) -> int:
+        """Use what others filled since `reserve`, after which the first `filled` pages were;
+        answers how many are now. For a request that wrote none yet, and not while pages cannot be
+        shared."""
         assert self.shared_while_used
-        found = self._whole.find(keys, filled)
-        return Reserved(self._whole.share(request, keys[:found], filled), filled=found)
+        found = self._whole.find(keys, stop, filled)
+        self._whole.share(request, keys, filled, found)
+        return found
+
+    def pages_of(self, request: int) -> tuple[list[int], list[int]]:
+        """A request's pages, and those for layers with a window."""
+        return self._whole.pages_of(request), self._rings.pages_of(request)
+
+    def distrust(self, request: int) -> None:
+        """What a request computed is not to be found any more."""
+        self._whole.distrust(request)
 
     def keep(self, request: int, index: int, key: bytes) -> None:
         """A request's page of all layers is full; see `PagePool`."""

@@ -9,6 +9,8 @@ effect.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import msgspec
 
 PAGE_SLOTS = 16
@@ -50,8 +52,11 @@ class Opened(msgspec.Struct, frozen=True):
     """A request enters the stages: its page table for prompt and answer, reserved as a whole.
 
     `window_pages`: where layers with a window have pages of their own, those of this request, which
-    its tokens fill in turn: what falls out of the window is written over. `known`: if its draws
-    depend on the tokens before them, the first ones, which no segment brings as their KV is there.
+    its tokens fill in turn: what falls out of the window is written over.
+
+    What draws must know of its first tokens, which no segment brings as their KV is there: `seen`
+    has bit `id % 8` of byte `id // 8` set for each of the prompt's, if its sampling looks at those;
+    `drawn` are those that were drawn.
     """
 
     request: int
@@ -59,7 +64,17 @@ class Opened(msgspec.Struct, frozen=True):
     prompt_tokens: int
     sampling: SamplingParams
     window_pages: list[int] = []
-    known: list[int] = []
+    seen: bytes = b""
+    drawn: list[int] = []
+
+
+def seen_bits(tokens: Iterable[int]) -> bytes:
+    """The ids as `Opened.seen` has them: far less than a long prompt's tokens."""
+    ids = set(tokens)
+    bits = bytearray(max(ids) // 8 + 1 if ids else 0)
+    for token in ids:
+        bits[token // 8] |= 1 << token % 8
+    return bytes(bits)
 
 
 class Segment(msgspec.Struct, frozen=True):

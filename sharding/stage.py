@@ -154,9 +154,10 @@ class Stage:
 
     @property
     def pages_used(self) -> int:
-        """Pages that open requests own."""
+        """Pages that open requests use, each once."""
         # A copy: whoever asks does so while the stage's own thread opens and closes.
-        return sum(len(entry.opened.pages) for entry in list(self._open.values()))
+        opened = list(self._open.values())
+        return len(set().union(*(entry.opened.pages for entry in opened)))
 
     def reset(self) -> None:
         """Forget every request: a new epoch of the pipeline begins."""
@@ -344,14 +345,11 @@ class Stage:
             return
         if entry.history is None:  # made here, where a full device costs a batch and not its books
             entry.history = History(self.shape.vocab, self.kernels.device)
-            self._count(entry.history, entry.opened, 0, entry.opened.known)
-        self._count(entry.history, entry.opened, segment.start, segment.tokens)
-
-    @staticmethod
-    def _count(history: History, opened: Opened, start: int, tokens: list[int]) -> None:
-        border = max(0, opened.prompt_tokens - start)
-        history.add_prompt(tokens[:border])
-        history.add_output(tokens[border:])
+            entry.history.add_seen(entry.opened.seen)
+            entry.history.add_output(entry.opened.drawn)
+        border = max(0, entry.opened.prompt_tokens - segment.start)
+        entry.history.add_prompt(segment.tokens[:border])
+        entry.history.add_output(segment.tokens[border:])
 
     def _draw(self, segment: Segment, logits_V: torch.Tensor) -> Choice:
         entry, position = self._open[segment.request], segment.start + len(segment.tokens)

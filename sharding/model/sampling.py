@@ -26,6 +26,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -56,6 +57,13 @@ class History:
     def add_prompt(self, ids: list[int]) -> None:
         """Tokens of the prompt; every id is in `[0, vocab)`."""
         self.seen_V[ids] = True
+
+    def add_seen(self, bits: bytes) -> None:
+        """Tokens of the prompt, as `Opened.seen` has them; what is beyond the vocabulary is left
+        out."""
+        flags = np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little")
+        known_N = torch.from_numpy(flags[: len(self.seen_V)]).bool()
+        self.seen_V[: len(known_N)] |= known_N.to(self.seen_V.device)
 
     def add_output(self, ids: list[int]) -> None:
         """Drawn tokens; every id is in `[0, vocab)`."""

@@ -46,6 +46,11 @@ def keys_of(*pages: int, salt: str = "") -> list[bytes]:
     return names.keys
 
 
+def found(pool: PagePool, keys: list[bytes]) -> int:
+    """How many of the keys have a page, from the first on."""
+    return pool.find(keys, len(keys))
+
+
 def test_a_key_stands_for_all_tokens_up_to_its_page() -> None:
     assert keys_of(1, 2)[:1] == keys_of(1, 3)[:1] == keys_of(1)
     assert len({keys_of(1, 2)[1], keys_of(3, 2)[1], keys_of(1, 3)[1], keys_of(2)[0]}) == 4
@@ -64,9 +69,9 @@ def test_keys_are_the_same_however_the_tokens_came() -> None:
 def test_a_full_page_is_found_after_its_request() -> None:
     pool, keys = PagePool(4), keys_of(1, 2)
     pages = pool.reserve(1, 2 * PAGE_SLOTS)
-    assert pages is not None and pool.find(keys) == 0
+    assert pages is not None and found(pool, keys) == 0
     pool.keep(1, 0, keys[0])
-    assert pool.find(keys) == 1, "the second page is not full yet"
+    assert found(pool, keys) == 1, "the second page is not full yet"
     pool.release(1)
     assert (pool.free, pool.kept) == (4, 1)
     again = pool.reserve(2, 2 * PAGE_SLOTS, keys[:1])
@@ -96,9 +101,9 @@ def test_pages_left_longest_ago_are_written_anew_first() -> None:
             pool.keep(request, index, key)
         pool.release(request)
     assert pool.reserve(3, PAGE_SLOTS) is not None
-    assert (pool.find(old), pool.find(new)) == (1, 2)
+    assert (found(pool, old), found(pool, new)) == (1, 2)
     assert pool.reserve(4, 2 * PAGE_SLOTS) is not None
-    assert (pool.find(old), pool.find(new)) == (0, 1)
+    assert (found(pool, old), found(pool, new)) == (0, 1)
     pool.check_integrity()
 
 
@@ -109,9 +114,58 @@ def test_what_a_request_finds_is_not_also_counted_as_free_for_it() -> None:
         pool.keep(1, index, key)
     pool.release(1)
     assert pool.reserve(2, 4 * PAGE_SLOTS, keys) is None
-    assert (pool.free, pool.find(keys)) == (3, 2), "nothing was taken"
+    assert (pool.free, found(pool, keys)) == (3, 2), "nothing was taken"
     assert pool.reserve(2, 3 * PAGE_SLOTS, keys) is not None
     pool.check_integrity()
+
+
+def test_a_page_takes_over_from_a_twin_that_nobody_uses() -> None:
+    """Else the older one's end would take what follows the younger one with it."""
+    pool, keys = PagePool(4), keys_of(1, 2)
+    for request in (1, 2):
+        pool.reserve(request, 2 * PAGE_SLOTS)
+    pool.keep(1, 0, keys[0])
+    pool.release(1)
+    for index, key in enumerate(keys):
+        pool.keep(2, index, key)
+    pool.check_integrity()
+    assert pool.reserve(3, 2 * PAGE_SLOTS) is not None, "the older twin is blank"
+    assert found(pool, keys) == 2
+    pool.check_integrity()
+
+
+def test_what_only_a_faulty_request_holds_is_not_found() -> None:
+    pool, keys = PagePool(4), keys_of(1, 2)
+    pool.reserve(1, 2 * PAGE_SLOTS)
+    for index, key in enumerate(keys):
+        pool.keep(1, index, key)
+    pool.reserve(2, 2 * PAGE_SLOTS, keys[:1])
+    pool.distrust(1)
+    pool.release(1)
+    assert found(pool, keys) == 1, "another one still uses the first"
+    pool.distrust(2)
+    pool.release(2)
+    assert (found(pool, keys), pool.kept) == (0, 0)
+    pool.check_integrity()
+
+
+def test_a_search_goes_on_where_it_was_if_that_is_still_there() -> None:
+    pool, keys = PagePool(3), keys_of(1, 2, 3)
+    pool.reserve(1, 3 * PAGE_SLOTS)
+    for index in (0, 1):
+        pool.keep(1, index, keys[index])
+    assert pool.find(keys, 3) == 2
+    pool.keep(1, 2, keys[2])
+    assert pool.find(keys, 3, start=2) == 3
+    pool.forget()
+    assert pool.find(keys, 3, start=3) == 0
+
+
+def test_no_salt_is_the_beginning_of_a_text() -> None:
+    """Whoever chooses a salt must not get at another's KV by it."""
+    names = PageKeys("\0" * 32)
+    names.extend([5] * PAGE_SLOTS)
+    assert names.keys[0] not in keys_of(0, 5)
 
 
 def test_nothing_is_found_once_the_kv_is_gone() -> None:
@@ -121,5 +175,5 @@ def test_nothing_is_found_once_the_kv_is_gone() -> None:
     pool.forget()
     pool.keep(1, 1, keys[1])
     pool.release(1)
-    assert pool.find(keys) == 0 and pool.free == 3
+    assert found(pool, keys) == 0 and pool.free == 3
     pool.check_integrity()

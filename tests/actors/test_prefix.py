@@ -218,18 +218,27 @@ def test_a_batch_that_failed_leaves_no_kv() -> None:
     assert run(scheduler, ask("second", [*BOOK, 2]))[-1].cached_tokens == 64
 
 
-def test_penalties_know_the_tokens_that_are_not_computed() -> None:
-    """Stages count what passes them; the rest they are told, if they need it."""
+@pytest.mark.parametrize(
+    ("sampling", "told"),
+    [
+        (SamplingParams(), False),
+        (SamplingParams(presence_penalty=1.0, frequency_penalty=1.0), False),
+        (SamplingParams(repetition_penalty=1.1), True),
+    ],
+    ids=["none", "of the answer only", "of the prompt too"],
+)
+def test_a_penalty_knows_the_tokens_that_are_not_computed(
+    sampling: SamplingParams, told: bool
+) -> None:
+    """Stages count what passes them; of the rest they hear what the penalty looks at, and in a bit
+    for each token of the vocabulary: a prompt may have a million."""
     scheduler = wide()
     run(scheduler, ask("first", [*BOOK, 1]))
-    known = {}
-    for name, sampling in (
-        ("plain", SamplingParams()),
-        ("penal", SamplingParams(presence_penalty=1)),
-    ):
-        scheduler.submit(GenerateRequest(name, [*BOOK, 2], 1, sampling), lambda event: None)
-        known[name] = [opened.known for batch in drive(scheduler) for opened in batch.opened]
-    assert known == {"plain": [[]], "penal": [BOOK]}
+    scheduler.submit(GenerateRequest("second", [*BOOK, 2], 1, sampling), lambda event: None)
+    (opened,) = [opened for batch in drive(scheduler) for opened in batch.opened]
+    bits = int.from_bytes(opened.seen, "little")
+    assert {at for at in range(bits.bit_length()) if bits >> at & 1} == set(BOOK if told else [])
+    assert opened.drawn == []
 
 
 def test_progress_begins_behind_what_was_there() -> None:
@@ -258,59 +267,57 @@ def test_a_model_with_windows_goes_on_in_the_ring_of_the_last_turn() -> None:
     assert cached == [0, len(BOOK) + PAGE_SLOTS, len(BOOK) + 2 * PAGE_SLOTS]
 
 
-pieces = st.lists(st.integers(0, 2), min_size=1, max_size=7)
-"""A prompt of up to seven pages of three kinds: many begin alike."""
+turns = st.tuples(
+    st.lists(st.integers(0, 2), min_size=1, max_size=6),  # pages of three kinds: many begin alike
+    st.integers(0, 17),  # tokens that fill no page
+    st.integers(0, 20),  # to draw
+    st.integers(0, 9),  # when it is cancelled, 0: never
+    st.integers(-1, 12),  # whose text it goes on with, if that is there
+    st.integers(0, 40),  # how much of that it leaves out
+)
 
 
 @settings(max_examples=150)
 @given(
-    asked=st.lists(
-        st.tuples(pieces, st.integers(0, 17), st.integers(0, 20), st.integers(0, 9)),
-        min_size=2,
-        max_size=14,
-    ),
+    asked=st.lists(turns, min_size=2, max_size=14),
     in_flight=st.integers(1, 4),
-    pages=st.integers(10, 40),
+    pages=st.integers(12, 40),
     chunk=st.integers(2, 70),
-    window=st.sampled_from([0, 0, 5, 16, 40]),
-    fail=st.sets(st.integers(0, 30), max_size=2),
+    window=st.one_of(st.just(0), st.integers(1, 40)),
+    faults=st.dictionaries(st.integers(0, 40), st.sampled_from(["batch", "segment"]), max_size=3),
 )
 def test_whatever_is_shared_every_request_reads_its_own_history(
-    asked: list[tuple[list[int], int, int, int]],
+    asked: list[tuple[list[int], int, int, int, int, int]],
     in_flight: int,
     pages: int,
     chunk: int,
     window: int,
-    fail: set[int],
+    faults: dict[int, str],
 ) -> None:
-    """Prompts that begin alike, cancelled at any time, in a pool that is too small for all, over
-    batches some of which fail."""
+    """Conversations and prompts that begin alike, cancelled at any time, in a pool that is too
+    small for all, over batches some of which fail."""
     ring = -(-(window + chunk - 1) // PAGE_SLOTS) if window else 0
     limits = Limits(
-        10 * PAGE_SLOTS,
-        pages,
-        in_flight,
-        chunk=chunk,
-        window_pages=ring + pages // 4 if ring else 0,
-        ring=ring,
-        window=window,
-    )
+        12 * PAGE_SLOTS, pages, in_flight, 256, chunk,
+        window_pages=ring + pages // 4 if ring else 0, ring=ring, window=window,
+    )  # fmt: skip
     scheduler, memory = Scheduler(limits), Memory(window)
     waiting = deque(enumerate(asked, 1))
     ended: set[str] = set()
-    prompts: dict[int, list[int]] = {}
+    texts: dict[int, list[int]] = {}
     cancel_at: dict[int, str] = {}
     flying: deque[Batch] = deque()
     for turn in range(3000):
         if len(ended) == len(asked) and not flying:
             break
         if waiting and turn % 3 != 2:  # not all at once
-            number, (kinds, more, tokens, patience) = waiting.popleft()
+            number, (kinds, more, tokens, patience, after, less) = waiting.popleft()
             prompt = [kind * 100 + at for kind in kinds for at in range(PAGE_SLOTS)] + [9] * more
-            prompts[number] = prompt
-            scheduler.submit(
-                GenerateRequest(str(number), prompt, tokens), partial(note_end, ended, str(number))
-            )
+            if before := texts.get(after):
+                prompt = [*before[: max(0, len(before) - less)], *prompt][: 10 * PAGE_SLOTS]
+            texts[number] = list(prompt)
+            hear = partial(note, ended, texts[number], str(number))
+            scheduler.submit(GenerateRequest(str(number), prompt, tokens), hear)
             cancel_at[turn + 2 * patience if patience else -turn] = str(number)
         if (name := cancel_at.get(turn)) is not None:
             scheduler.cancel(name)
@@ -320,16 +327,26 @@ def test_whatever_is_shared_every_request_reads_its_own_history(
         scheduler.check_integrity()
         if flying:
             batch = flying.popleft()
-            fails = batch.step in fail
-            memory.run(batch, prompts, fails)
-            scheduler.apply(
-                batch, Result(batch.step, error="no memory") if fails else answer(batch)
-            )
+            fault = faults.get(batch.step)
+            result = memory.run(batch, texts, fails=fault == "batch")
+            scheduler.apply(batch, faulty(result, fault))
     assert len(ended) == len(asked), "a request never came to an end"
     assert scheduler.running == scheduler.waiting == 0
 
 
-def note_end(ended: set[str], name: str, event: Event) -> None:
+def faulty(result: Result, fault: str | None) -> Result:
+    """A result of which all is lost, or one request."""
+    if fault == "batch":
+        return Result(result.step, error="no memory")
+    if fault == "segment" and result.segments:
+        first, *others = result.segments
+        return replace(result, segments=[replace(first, error="not finite"), *others])
+    return result
+
+
+def note(ended: set[str], text: list[int], name: str, event: Event) -> None:
+    """Keeps a request's text, and that it has ended."""
+    text.extend(choice.token for choice in event.tokens)
     if event.last:
         ended.add(name)
 

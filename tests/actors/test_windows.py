@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import pytest
 
 from actors.windows import PagePools
@@ -9,13 +12,29 @@ from sharding.batch import PAGE_SLOTS
 from tests.actors.test_pages import keys_of
 
 
+class Reserved(NamedTuple):
+    """What a request got."""
+
+    filled: int
+    pages: list[int]
+    window_pages: list[int]
+
+
+def reserve(
+    pools: PagePools, request: int, tokens: int, keys: Sequence[bytes] = ()
+) -> Reserved | None:
+    """Pages for a request that begins with these keys."""
+    filled = pools.reserve(request, tokens, keys, len(keys))
+    return None if filled is None else Reserved(filled, *pools.pages_of(request))
+
+
 def test_a_request_takes_no_more_window_pages_than_a_ring() -> None:
     pools = PagePools(12, window_pages=5, ring=3)
-    long = pools.reserve(1, 8 * PAGE_SLOTS)
+    long = reserve(pools, 1, 8 * PAGE_SLOTS)
     assert long is not None and (len(long.pages), len(long.window_pages)) == (8, 3)
     assert pools.fit([2 * PAGE_SLOTS]) and not pools.fit([3 * PAGE_SLOTS])
-    assert pools.reserve(2, 3 * PAGE_SLOTS) is None  # four pages are free, but two for windows
-    short = pools.reserve(3, 2 * PAGE_SLOTS)
+    assert reserve(pools, 2, 3 * PAGE_SLOTS) is None  # four pages are free, but two for windows
+    short = reserve(pools, 3, 2 * PAGE_SLOTS)
     assert short is not None and not set(short.window_pages) & set(long.window_pages)
     assert (pools.free, pools.idle) == (2, False)
     pools.check_integrity()
@@ -26,7 +45,7 @@ def test_a_request_takes_no_more_window_pages_than_a_ring() -> None:
 
 def leave(pools: PagePools, request: int, keys: list[bytes], written: int) -> list[int]:
     """A request with these full pages that ends after so many tokens; its ring."""
-    reserved = pools.reserve(request, max(written, len(keys) * PAGE_SLOTS))
+    reserved = reserve(pools, request, max(written, len(keys) * PAGE_SLOTS))
     assert reserved is not None
     for index, key in enumerate(keys):
         pools.keep(request, index, key)
@@ -47,7 +66,7 @@ def test_a_request_goes_on_in_the_ring_of_one_that_began_alike(common: int, fill
     keys = keys_of(*range(8))
     ring = leave(pools, 1, keys, 8 * PAGE_SLOTS)
     branch = keys_of(*range(common), 99, 98)
-    reserved = pools.reserve(2, 12 * PAGE_SLOTS, branch)
+    reserved = reserve(pools, 2, 12 * PAGE_SLOTS, branch)
     assert reserved is not None and reserved.filled == filled
     assert (reserved.window_pages == ring) == bool(filled)
     pools.check_integrity()
@@ -58,7 +77,7 @@ def test_what_was_in_flight_when_a_request_ended_is_counted_as_written() -> None
     pools = PagePools(40, window_pages=4, ring=4, window=2 * PAGE_SLOTS)
     keys = keys_of(*range(8))
     leave(pools, 1, keys, 8 * PAGE_SLOTS + 1)
-    reserved = pools.reserve(2, 12 * PAGE_SLOTS, keys[:6])
+    reserved = reserve(pools, 2, 12 * PAGE_SLOTS, keys[:6])
     assert reserved is not None and reserved.filled == 0
 
 
@@ -66,7 +85,7 @@ def test_a_ring_is_for_one_request_only() -> None:
     pools = PagePools(40, window_pages=8, ring=4, window=PAGE_SLOTS)
     keys = keys_of(1, 2, 3)
     leave(pools, 1, keys, 3 * PAGE_SLOTS)
-    found = [pools.reserve(request, 5 * PAGE_SLOTS, keys) for request in (2, 3)]
+    found = [reserve(pools, request, 5 * PAGE_SLOTS, keys) for request in (2, 3)]
     assert [each and each.filled for each in found] == [3, 0]
     pools.check_integrity()
 
@@ -76,7 +95,7 @@ def test_a_ring_grows_and_shrinks_to_what_its_next_request_needs(tokens: int) ->
     pools = PagePools(40, window_pages=9, ring=4, window=PAGE_SLOTS)
     keys = keys_of(1, 2)
     ring = leave(pools, 1, keys, 3 * PAGE_SLOTS)
-    reserved = pools.reserve(2, tokens, keys[:1])
+    reserved = reserve(pools, 2, tokens, keys[:1])
     assert reserved is not None and reserved.filled == 1
     assert len(reserved.window_pages) == min(4, tokens // PAGE_SLOTS)
     common = min(len(ring), len(reserved.window_pages))
@@ -90,9 +109,9 @@ def test_rings_make_room_for_who_needs_their_pages() -> None:
     leave(pools, 1, older, 6 * PAGE_SLOTS)
     leave(pools, 2, newer, 6 * PAGE_SLOTS)
     assert pools.window_free == 8
-    assert pools.reserve(3, 6 * PAGE_SLOTS) is not None
+    assert reserve(pools, 3, 6 * PAGE_SLOTS) is not None
     pools.check_integrity()
-    reserved = pools.reserve(4, 7 * PAGE_SLOTS, newer)
+    reserved = reserve(pools, 4, 7 * PAGE_SLOTS, newer)
     assert reserved is not None and reserved.filled == 6, "the older ring went"
 
 
@@ -103,5 +122,22 @@ def test_no_ring_is_found_once_the_kv_is_gone() -> None:
     pools.forget()
     pools.check_integrity()
     assert pools.idle
-    reserved = pools.reserve(2, 3 * PAGE_SLOTS, keys)
-    assert reserved is not None and reserved.filled == 0
+    other = reserve(pools, 2, 3 * PAGE_SLOTS, keys)
+    assert other is not None and other.filled == 0
+    for index, key in enumerate(keys):
+        pools.keep(2, index, key)  # the same text anew: its pages are there, the ring is not
+    third = reserve(pools, 3, 3 * PAGE_SLOTS, keys)
+    assert third is not None and third.filled == 0
+
+
+def test_a_ring_keeps_what_its_owner_before_wrote_over() -> None:
+    """The second one writes less than the first: what it does not reach is the first one's end,
+    not what came a turn before."""
+    pools = PagePools(40, window_pages=4, ring=4, window=2 * PAGE_SLOTS)
+    keys = keys_of(*range(8))
+    leave(pools, 1, keys, 8 * PAGE_SLOTS)
+    again = reserve(pools, 2, 7 * PAGE_SLOTS, keys[:6])
+    assert again is not None and again.filled == 6
+    pools.release(2, keys[:6], 6 * PAGE_SLOTS + 4)
+    third = reserve(pools, 3, 7 * PAGE_SLOTS, keys[:5])
+    assert third is not None and third.filled == 0, "page 3 is gone since the first request"
