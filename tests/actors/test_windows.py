@@ -55,14 +55,15 @@ def leave(pools: PagePools, request: int, keys: list[bytes], written: int) -> li
 
 
 @pytest.mark.parametrize(
-    ("common", "filled"),
-    [(8, 8), (7, 7), (6, 6), (5, 0)],
-    ids=["all", "one page less", "two less", "the ring has lost what it sees"],
+    ("common", "window", "filled"),
+    [(8, 32, 8), (7, 32, 7), (6, 32, 6), (5, 32, 0), (6, 33, 6), (5, 18, 0), (5, 17, 5)],
 )
-def test_a_request_goes_on_in_the_ring_of_one_that_began_alike(common: int, filled: int) -> None:
-    """A ring of 4 pages, a window of 2: after 8 pages the ring holds pages 4 to 7. Who goes on
-    behind page 5 sees pages 4 and 5; who does behind page 4 also sees page 3, which is gone."""
-    pools = PagePools(40, window_pages=8, ring=4, window=2 * PAGE_SLOTS)
+def test_a_request_goes_on_in_the_ring_of_one_that_began_alike(
+    common: int, window: int, filled: int
+) -> None:
+    """A ring of 4 pages: after 8 pages it holds pages 4 to 7. Who goes on behind `common` pages
+    with a window of 32 sees the last two of them; of 17 one whole, of 18 one slot more."""
+    pools = PagePools(40, window_pages=8, ring=4, window=window)
     keys = keys_of(*range(8))
     ring = leave(pools, 1, keys, 8 * PAGE_SLOTS)
     branch = keys_of(*range(common), 99, 98)

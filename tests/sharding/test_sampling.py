@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from torch import Tensor
 
-from sharding.batch import SamplingParams
+from sharding.batch import SamplingParams, seen_bits
 from sharding.errors import StageError
 from sharding.kernels import Kernels
 from sharding.kernels.reference import ReferenceKernels
@@ -344,6 +344,19 @@ def told(vocab: int, prompt: list[int], output: list[int]) -> History:
     history.add_prompt(prompt)
     history.add_output(output)
     return history
+
+
+@given(st.lists(st.integers(0, 99), max_size=40))
+def test_a_prompt_told_in_bits_is_the_prompt(ids: list[int]) -> None:
+    in_bits = History(100)
+    in_bits.add_seen(seen_bits(ids))
+    assert torch.equal(in_bits.seen_V, told(100, ids, []).seen_V)
+
+
+def test_bits_beyond_the_vocabulary_are_left_out() -> None:
+    history = History(12)
+    history.add_seen(seen_bits([3, 11, 12, 4000]))
+    assert history.seen_V.nonzero().flatten().tolist() == [3, 11]
 
 
 def adjusted_by(params: SamplingParams, prompt: list[int], output: list[int]) -> list[float]:
