@@ -84,6 +84,7 @@ class Engine:
         self._scheduler: Scheduler | None = None
         self._pipeline: Pipeline | None = None
         self._meters = Meters(time.monotonic)
+        self._stages: tuple[int, list[StageStats]] = (-1, [])
         self._epoch = 0
         self._in_flight: deque[Batch] = deque()
         self._ending = _UNEXPECTED
@@ -146,10 +147,16 @@ class Engine:
         with self._lock:
             return self._status
 
-    def stats(self) -> EngineStats:
-        """The books, with the stages' own."""
-        stages = self._source.stats() if self.status().state == "ready" else []
+    def stats(self, *, ask: bool = True) -> EngineStats:
+        """The books, with the stages' own; without `ask` as these were when they last answered
+        since the pipeline was joined: that takes no time."""
+        if ask and self.status().state == "ready":
+            epoch, stages = self._epoch, self._source.stats()
+            self._stages = (epoch, stages)
         with self._lock:
+            epoch, stages = self._stages
+            if epoch != self._epoch or self._status.state != "ready":
+                stages = []
             scheduler = self._scheduler
             if scheduler is None:
                 return EngineStats(epoch=self._epoch, requests=self._meters.snapshot())

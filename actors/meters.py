@@ -63,14 +63,15 @@ class Meters:
         def hear(event: Event) -> None:
             nonlocal last, drawn, accepted
             if not accepted:
-                self._prompt_tokens.add(len(request.prompt))
                 accepted = True
+                if not request.accepted:
+                    self._prompt_tokens.add(len(request.prompt))
             if event.tokens:
                 now = clock()
                 if drawn:
                     each = (now - last) / len(event.tokens)
                     self._gap_s.add(each, len(event.tokens))
-                else:
+                elif not request.accepted:  # else another engine counted it
                     self._first_token_s.add(now - begin)
                 last, drawn = now, drawn + len(event.tokens)
             if event.last:

@@ -23,7 +23,8 @@ class GenerateRequest(msgspec.Struct, frozen=True):
     tokens to draw; 0 only scores the prompt. `prompt_logprobs`: log-probabilities of the prompt's
     own tokens with that many alternatives, or None. `cached`: whether KV of earlier requests that
     began alike may be used, of those with the same `cache_salt`. `drawn`: what another engine drew
-    for it, of its `max_tokens`; it is not told again.
+    for it, of its `max_tokens`; it is not told again. `accepted`: by another engine before, so that
+    it may wait however many do.
     """
 
     request_id: str
@@ -34,6 +35,7 @@ class GenerateRequest(msgspec.Struct, frozen=True):
     cached: bool = True
     cache_salt: str = ""
     drawn: list[int] = []
+    accepted: bool = False
 
 
 class Event(msgspec.Struct, frozen=True):
@@ -42,7 +44,8 @@ class Event(msgspec.Struct, frozen=True):
     `tokens`: drawn since the last event (a drawn stop token is included, as the last).
     `prompt_scores`: one choice for each prompt token but the first, as far as computed since the
     last event. `prompt_done`: prompt tokens computed so far, with `cached_tokens` that were there
-    already. `error`: the message of an engine failure; the answer is incomplete.
+    already. `error`: the message of an engine failure; the answer is incomplete. `suspect`: the
+    request may be what the engine failed of.
     """
 
     tokens: list[Choice] = []
@@ -51,6 +54,7 @@ class Event(msgspec.Struct, frozen=True):
     cached_tokens: int = 0
     finish_reason: str | None = None
     error: str | None = None
+    suspect: bool = False
 
     @property
     def last(self) -> bool:

@@ -9,6 +9,10 @@ from actors.pages import PageKeys
 from actors.request import LENGTH, STOP, GenerateRequest, Sink
 from sharding.batch import PAGE_SLOTS, Choice, Opened, Segment, seen_bits
 
+MOST_REPLAYS = 2
+"""How often a request begins again after the pipeline broke with tokens of its in flight, if it got
+no further in between."""
+
 _WORTH_WAITING = 4  # pages: what a step spends on fewer tokens is not what it takes
 
 
@@ -56,6 +60,11 @@ class Running:
     def opened(self) -> bool:
         """Whether the stages know it."""
         return self.fed >= 0
+
+    @property
+    def suspect(self) -> bool:
+        """Whether it ends if the pipeline breaks once more in its work."""
+        return self.losses == MOST_REPLAYS
 
     @property
     def prefilling(self) -> bool:
@@ -114,7 +123,8 @@ class Running:
     def start_over(self, named: bool) -> None:
         """Its KV is gone. It reads again what it had read and drawn, and draws on: a draw depends
         on its position, not on how the tokens before it came. `named`: its pages have keys."""
-        self.done_before = max(self.done_before, self.done)
+        if self.opened:  # else `done` is what was there
+            self.done_before = max(self.done_before, self.done)
         self.given = _given(self.request.prompt, self.drawn)
         if named:
             self.keys_to(len(self.given) // PAGE_SLOTS)

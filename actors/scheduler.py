@@ -19,7 +19,7 @@ from itertools import zip_longest
 
 from actors.pages import PageKeys
 from actors.request import Event, GenerateRequest, Sink
-from actors.running import Running, page_names
+from actors.running import MOST_REPLAYS, Running, page_names
 from actors.sharing import Leaders, late
 from actors.windows import PagePools
 from sharding.batch import (
@@ -38,9 +38,6 @@ _TIMED_TOKENS = 16  # a step of fewer takes as long as one of one token
 
 LEAST_CHUNK = 2
 """Tokens of a step: one of a prompt beside one of an answer."""
-
-MOST_REPLAYS = 2
-"""How often a request begins again after the pipeline broke with tokens of its in flight."""
 
 MOST_PASSING = 32
 """Requests that may be admitted before an older one that needs more memory than is free."""
@@ -111,7 +108,8 @@ class Scheduler:
                 f"prompt and {request.max_tokens} for the answer; shorten either",
                 "prompt" if prompt >= most else "max_tokens",
             )
-        if len(self._waiting) >= self.limits.max_waiting and not self._all_fit(total):
+        full = len(self._waiting) >= self.limits.max_waiting and not self._all_fit(total)
+        if full and not request.accepted:
             raise BusyError(f"{len(self._waiting)} requests wait already; try again later")
         assert request.prompt, "serving lets no empty prompt through"
         assert request.request_id not in self._entries, f"{request.request_id} is running"
@@ -137,13 +135,15 @@ class Scheduler:
 
     def replay_all(self, lost: Iterable[Batch], message: str) -> None:
         """The stages lost all KV, and these batches: every request begins again where it was. One
-        that was in flight each time when the pipeline broke ends with an error: it may be the
-        cause."""
-        suspects = {segment.request for batch in lost for segment in batch.segments}
+        that was in flight each time when the pipeline broke, and got no further in between, ends
+        with an error: it may be the cause."""
+        flying = {segment.request for batch in lost for segment in batch.segments}
         for entry in list(self._running.values()):
-            entry.losses += entry.number in suspects
+            if entry.number in flying:
+                entry.losses = 1 if entry.done > entry.done_before else entry.losses + 1
             if entry.losses > MOST_REPLAYS:
-                self._fail(entry.number, f"{message}; {entry.losses} times in this request's work")
+                said = f"{message}; {entry.losses} times in this request's work"
+                self._fail(entry.number, said, suspect=True)
                 continue
             self._leave(entry)
             entry.start_over(self.limits.prefix_cache)
@@ -212,6 +212,8 @@ class Scheduler:
     def _reserved(self, entry: Running) -> int | None:
         """Take its pages if there is room; how many of the first are filled. Looks no closer than
         what changed since it was last tried: some wait with prompts of a million tokens."""
+        if entry.suspect and any(other.suspect for other in self._running.values()):
+            return None  # one at a time, so that only the guilty one is at work each time
         entry.found = self.pool.find(entry.keys, entry.findable, entry.found)
         tried = (entry.found, self.pool.freed)
         if tried == entry.tried:
@@ -285,8 +287,8 @@ class Scheduler:
     def _open(self, entry: Running) -> Opened:
         """Its first tokens go to the stages: it needs no more of others' pages, they may of its."""
         if not entry.done_before:
-            self.cached_tokens += entry.sent
             entry.cached_tokens = min(entry.sent, len(entry.request.prompt))
+            self.cached_tokens += entry.cached_tokens
         self._leaders.add(entry, self.steps)
         pages, window_pages = self.pool.pages_of(entry.number)
         return entry.opening(pages, window_pages)
@@ -351,11 +353,11 @@ class Scheduler:
         scores = entry.unheard(segment, found.scores)
         entry.sink(Event(tokens, scores, done, entry.cached_tokens, reason))
 
-    def _fail(self, number: int, message: str) -> None:
+    def _fail(self, number: int, message: str, *, suspect: bool = False) -> None:
         entry = self._running.get(number)
         if entry is not None:
             self._end(entry)
-            entry.sink(Event(error=message))
+            entry.sink(Event(error=message, suspect=suspect))
 
     def _end(self, entry: Running) -> None:
         del self._entries[entry.request.request_id]

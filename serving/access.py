@@ -10,7 +10,7 @@ import hashlib
 import hmac
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sharding.errors import ConfigError
@@ -21,16 +21,28 @@ KEY_VARIABLE = "LONGSPAN_API_KEY"
 
 @dataclass(frozen=True)
 class Access:
-    """`key_digests`: SHA-256 of each key that opens the API; none: it is open to everybody.
-    `origins`: of pages whose scripts may call, as browsers spell them; "*" for all."""
+    """`key_digests`: SHA-256 of each key that opens the API, `file_digests` of those in a file;
+    none: it is open to everybody. `origins`: of pages whose scripts may call, as browsers spell
+    them; "*" for all."""
 
     key_digests: tuple[bytes, ...] = ()
     origins: tuple[str, ...] = ()
+    file_digests: tuple[bytes, ...] = ()
+
+    @property
+    def closed(self) -> bool:
+        """Whether a key is needed."""
+        return bool(self.key_digests or self.file_digests)
+
+    def with_file(self, name: str) -> Access:
+        """With the keys that a file has now. Raises `ConfigError`."""
+        return replace(self, file_digests=tuple(map(_digest, _keys_of_file(name))))
 
     def allows(self, key: str) -> bool:
         """Whether a key opens the API. How long that takes does not depend on the key."""
         digest = _digest(key)
-        return sum(hmac.compare_digest(digest, known) for known in self.key_digests) > 0
+        known = (*self.key_digests, *self.file_digests)
+        return sum(hmac.compare_digest(digest, each) for each in known) > 0
 
 
 def read_access(
@@ -41,12 +53,10 @@ def read_access(
     Raises `ConfigError` for a file that cannot be read or has no key, and for a key that no header
     can carry: a server that was meant to be closed must not open by mistake.
     """
-    keys: list[str] = []
-    if key_file is not None:
-        keys += _keys_of_file(key_file)
-    if (value := environment.get(KEY_VARIABLE)) is not None:
-        keys += _checked(value.split(","), KEY_VARIABLE)
-    return Access(tuple(dict.fromkeys(map(_digest, keys))), origins)
+    value = environment.get(KEY_VARIABLE)
+    keys = [] if value is None else _checked(value.split(","), KEY_VARIABLE)
+    access = Access(tuple(map(_digest, keys)), origins)
+    return access if key_file is None else access.with_file(key_file)
 
 
 def _keys_of_file(name: str) -> list[str]:

@@ -24,7 +24,7 @@ from serving.openai import PromptDetails, PromptProgress, Usage
 from serving.prepare import Job
 from serving.service import EngineClient, Service
 from serving.text import AnswerText, Piece
-from sharding.errors import LongspanError, PipelineError
+from sharding.errors import LongspanError, PipelineError, RepeatedLossError
 
 _log = logging.getLogger(__name__)
 _CANCELLED = "the engine cancelled this request; try again"
@@ -141,7 +141,7 @@ class Running:
 def _check(event: Event) -> None:
     """Raises `PipelineError` for an event that says that the answer will stay incomplete."""
     if event.error is not None:
-        raise PipelineError(event.error)
+        raise (RepeatedLossError if event.suspect else PipelineError)(event.error)
 
 
 def _ours(error: BaseException) -> LongspanError:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -22,7 +23,7 @@ import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayError, RayTaskError
-from ray.serve import Application
+from ray.serve import Application as ServeApplication
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
@@ -32,17 +33,19 @@ from actors.request import Event, GenerateRequest
 from actors.stats import EngineStats, EngineStatus
 from serving.access import Access, read_access
 from serving.config import ServeConfig, load_config
-from serving.feed import FeedAddress, FeedGoneError, Feeds, Subscription
+from serving.feed import FeedAddress, Feeds, Subscription
 from serving.fetch import resolve_model
-from serving.http import create_app
+from serving.http import Application, create_app
 from serving.resume import ReplicaGoneError, resumed
 from serving.service import ServedModel, Service
-from sharding.errors import LongspanError, UnavailableError
+from sharding.errors import ConfigError, LongspanError, UnavailableError
 from sharding.gguf.reader import GGUFFile
 from sharding.gguf.tokenizer import Tokenizer
 from sharding.model.arch import read_shape
 from sharding.model.rotation import Stretch
 from sharding.model_plan import Wanted
+
+_log = logging.getLogger(__name__)
 
 # Requests wait in the scheduler's own queue, which knows pages and answers 429: Serve must not
 # queue before it. Stages own the CPUs, these two only pass things on.
@@ -56,7 +59,8 @@ _WATCH_LOADING_S = 0.5
 _WATCH_READY_S = 5.0
 _STATUS_TIMEOUT_S = 2.0
 # Patience with a replica that is not there at all, while requests wait to go on.
-_GONE_S = 60.0
+_GONE_S = 120.0
+_STAGES_TIMEOUT_S = 1.0
 _FEED_TIMEOUT_S = 10.0
 
 
@@ -84,6 +88,7 @@ class EngineReplica:
         self._feeds = Feeds(node, ray.util.get_node_ip_address())
         self._stages = RayStages(placement)
         self._engine = Engine(self._stages)
+        self._asking: asyncio.Task[EngineStats] | None = None
         self._engine.start()
 
     async def feed(self) -> FeedAddress:
@@ -122,6 +127,17 @@ class EngineReplica:
         """The books."""
         return await asyncio.to_thread(self._engine.stats)
 
+    async def books(self) -> EngineStats:
+        """The same at once: the stages are asked when they were joined anew, and one that does not
+        answer keeps nobody waiting."""
+        stats = self._engine.stats(ask=False)
+        if stats.stages:
+            return stats
+        if self._asking is None or self._asking.done():
+            self._asking = asyncio.create_task(self.stats())
+        await asyncio.wait((self._asking,), timeout=_STAGES_TIMEOUT_S)
+        return self._engine.stats(ask=False)
+
     async def pids(self) -> tuple[int, list[int]]:
         """This process and the stages', for tests that end one."""
         return os.getpid(), await asyncio.to_thread(self._stages.pids)
@@ -151,6 +167,7 @@ class RemoteEngine:
         self._handle = handle
         self._subscription: Subscription | None = None
         self._opening = asyncio.Lock()
+        self._again: asyncio.Task[None] | None = None
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Event]:
         """Events one by one, over the death of a replica; closing this iterator cancels the
@@ -160,20 +177,33 @@ class RemoteEngine:
                 yield event
 
     async def _serving_again(self) -> None:
-        """Wait for the replica that Serve starts for one that died, and for what it loads."""
+        """Wait for the replica that Serve starts for one that died, and for what it loads; all that
+        wait do so together. Raises `UnavailableError` if none comes, or one that cannot load."""
+        if self._again is None or self._again.done():
+            self._again = asyncio.create_task(self._wait_ready())
+        await asyncio.shield(self._again)
+
+    async def _wait_ready(self) -> None:
         deadline = time.monotonic() + _GONE_S
-        while (status := await self.status()).state != "ready":
-            if status.state != "failed":
+        while True:
+            try:
+                status = await self._heard_status()
+            except UnavailableError:
+                if time.monotonic() > deadline:
+                    raise
+            else:
+                if status.state == "ready":
+                    return
+                if status.state == "failed":
+                    raise UnavailableError(status.detail)
                 deadline = time.monotonic() + _GONE_S
-            elif time.monotonic() > deadline:
-                raise UnavailableError(status.detail)
             await asyncio.sleep(_WATCH_LOADING_S)
 
     async def _attempt(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         subscription = await self._subscribed()
         news: asyncio.Queue[list[Event] | None] = asyncio.Queue()
-        subscription.take(request.request_id, news.put_nowait)
         response = self._handle.generate.remote(request, subscription.name)
+        subscription.take(request.request_id, news.put_nowait)
         refused: list[LongspanError] = []
 
         async def call() -> None:
@@ -210,7 +240,7 @@ class RemoteEngine:
     def _doubt(self, subscription: Subscription, refused: list[LongspanError]) -> None:
         """Open another feed for the next request if this one's replica is not asked any more; the
         answers that it still gives come to their ends."""
-        gone = any(isinstance(error, FeedGoneError) for error in refused)
+        gone = any(isinstance(error, ReplicaGoneError) for error in refused)
         if gone and self._subscription is subscription:
             self._subscription = None
 
@@ -228,19 +258,25 @@ class RemoteEngine:
             raise ReplicaGoneError(_silence(error)) from error
 
     async def status(self) -> EngineStatus:
-        """The engine's word, or that it has none: a handle would wait for a new replica for
-        ever."""
+        """The engine's word, or that it has none."""
+        try:
+            return await self._heard_status()
+        except UnavailableError as error:
+            return EngineStatus("failed", detail=str(error))
+
+    async def _heard_status(self) -> EngineStatus:
+        """Raises `UnavailableError` for silence: a handle would wait for a new replica for ever."""
         try:
             asked = self._handle.status.remote()
             status: EngineStatus = await asyncio.wait_for(asked, _STATUS_TIMEOUT_S)
         except (RayError, RayServeException, TimeoutError) as error:
-            return EngineStatus("failed", detail=_silence(error))
+            raise UnavailableError(_silence(error)) from error
         return status
 
     async def stats(self) -> EngineStats | None:
         """The engine's books."""
         try:
-            asked = self._handle.stats.remote()
+            asked = self._handle.books.remote()
             stats: EngineStats = await asyncio.wait_for(asked, _STATUS_TIMEOUT_S)
         except (RayError, RayServeException, TimeoutError):
             return None
@@ -261,14 +297,17 @@ class Ingress:
     """Tokenises, applies templates, streams. Holds nothing that outlives a request."""
 
     def __init__(self, options: dict[str, Any], access: Access, engine: DeploymentHandle) -> None:
-        model, tokenizer = describe_model(load_config(options))
-        self._access = access
+        config = load_config(options)
+        model, tokenizer = describe_model(config)
+        self._key_file, self._access = config.api_key_file, access
+        self._app: Application | None = None
         self._service = Service(model, tokenizer, RemoteEngine(engine))
         self._watch = asyncio.get_running_loop().create_task(self._learn_context())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve once the constructor is done."""
-        return create_app(self._service, self._access)
+        self._app = create_app(self._service, self._access)
+        return self._app
 
     async def _learn_context(self) -> None:
         """How long a context fits is known when stages are placed, and anew with every replica."""
@@ -276,7 +315,18 @@ class Ingress:
             status = await self._service.engine.status()
             if status.context:
                 self._service.model = replace(self._service.model, context=status.context)
+            await asyncio.to_thread(self._read_keys_again)
             await asyncio.sleep(_WATCH_READY_S if status.context else _WATCH_LOADING_S)
+
+    def _read_keys_again(self) -> None:
+        """A key that was taken out of the file opens nothing a few seconds later; deploying anew
+        would not build what did not change. On nodes without the file its first keys count."""
+        if self._app is None or not (self._key_file and Path(self._key_file).expanduser().exists()):
+            return
+        try:
+            self._app.access = self._access.with_file(self._key_file)
+        except ConfigError as error:
+            _log.error("the API keys stay as they were: %s", error)
 
 
 def describe_model(config: ServeConfig) -> tuple[ServedModel, Tokenizer]:
@@ -306,7 +356,7 @@ def fingerprint_of(paths: tuple[Path, ...], stretch: Stretch | None = None) -> s
     return f"fp_{digest.hexdigest()[:16]}"
 
 
-def build(args: dict[str, Any]) -> Application:
+def build(args: dict[str, Any]) -> ServeApplication:
     """The application of `serve.yaml`: `args` are `ServeConfig`'s keys. API keys are read here, so
     that replicas on other nodes need neither the file nor the variable. Raises `ConfigError`."""
     config = load_config(args)
@@ -316,5 +366,5 @@ def build(args: dict[str, Any]) -> Application:
     ingress = serve.deployment(
         serve.ingress()(Ingress), name="ingress", num_replicas=config.ingress_replicas, **_REPLICA
     )
-    app: Application = ingress.bind(options, access, engine.bind(options))
+    app: ServeApplication = ingress.bind(options, access, engine.bind(options))
     return app

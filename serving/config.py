@@ -33,7 +33,8 @@ MOST_CHUNK = 16384
 """A step's hidden states must fit into a frame between stages."""
 
 
-_ORIGIN = r"^(\*|https?://[^/\s]+)$"
+# As browsers send them: small letters, no path. Anything else would match no page, in silence.
+_ORIGIN = r"^(\*|https?://[a-z0-9._\-\[\]:]+)$"
 
 MOST_ROPE_SCALE = 1024
 """Beyond any that a model was ever stretched by: a slip of the keyboard."""

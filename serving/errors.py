@@ -70,6 +70,7 @@ TABLE: dict[type[errors.LongspanError], Row] = {
     errors.ProtocolError: _REPAIRING,
     errors.StageError: _REPAIRING,
     errors.DeviceLostError: _REPAIRING,
+    errors.RepeatedLossError: Row(500, "server_error", "pipeline_error"),
 }
 """Every class of the tree has its own row; a test keeps it so."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from http import HTTPStatus
 
 from starlette.datastructures import Headers
@@ -21,20 +22,21 @@ _EXPOSED = ("Retry-After", "X-Should-Retry")
 class KeyCheck:
     """Answers 401 to a request without a key that opens the API."""
 
-    def __init__(self, app: ASGIApp, access: Access) -> None:
+    def __init__(self, app: ASGIApp, access: Callable[[], Access]) -> None:
         self._app = app
         self._access = access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        closed = scope["type"] == "http" and bool(self._access.key_digests)
+        access = self._access()
+        closed = scope["type"] == "http" and access.closed
         if not closed or _path(scope) in OPEN_PATHS:
             await self._app(scope, receive, send)
             return
-        key = _given_key(Headers(scope=scope))
-        if key is not None and self._access.allows(key):
+        keys = _given_keys(Headers(scope=scope))
+        if any(map(access.allows, keys)):
             await self._app(scope, receive, send)
             return
-        what = "no API key was given" if key is None else "the API key is none of this server's"
+        what = "the API key is none of this server's" if keys else "no API key was given"
         refusal = plain_response(
             401,
             f"{what}; send one as `Authorization: Bearer KEY` or `X-Api-Key: KEY`",
@@ -49,11 +51,11 @@ def _path(scope: Scope) -> str:
     return path.removeprefix(scope.get("root_path", ""))
 
 
-def _given_key(headers: Headers) -> str | None:
+def _given_keys(headers: Headers) -> list[str]:
+    """Of either header: clients that need none still send one as a bearer."""
     scheme, _, key = headers.get("authorization", "").partition(" ")
-    if scheme.lower() == "bearer":
-        return key.strip()
-    return headers.get("x-api-key")
+    keys = [key.strip()] if scheme.lower() == "bearer" else []
+    return [each for each in (*keys, headers.get("x-api-key")) if each is not None]
 
 
 class CrossOrigin(CORSMiddleware):

@@ -55,13 +55,13 @@ Responses = dict[int | str, dict[str, Any]]
 
 def create_app(
     service: Service, access: Access | None = None, *, keep_alive_s: float = 10.0
-) -> FastAPI:
+) -> Application:
     """The application for one model. `access`: who may call, None: everybody. `keep_alive_s`: the
     longest silence of a stream."""
-    app = _Application(access or Access(), "Longspan", _version())
+    app = Application(access or Access(), "Longspan", _version())
     app.add_middleware(_BodyLimit, most_bytes=service.model.max_body_bytes)
     app.add_middleware(_HeadAsGet)
-    app.add_middleware(KeyCheck, access=app.access)
+    app.add_middleware(KeyCheck, access=lambda: app.access)
     install(app)
     _add_generation(app, service, keep_alive_s)
     _add_models(app, service)
@@ -71,8 +71,9 @@ def create_app(
     return app
 
 
-class _Application(FastAPI):
-    """Bodies that break the schema are answered with 400 here, not with FastAPI's 422."""
+class Application(FastAPI):
+    """Bodies that break the schema are answered with 400 here, not with FastAPI's 422. `access` may
+    be replaced while serving."""
 
     def __init__(self, access: Access, title: str, version: str) -> None:
         self.access = access
@@ -100,7 +101,7 @@ class _Application(FastAPI):
                 operation["responses"].pop("422", None)
         for name in ("HTTPValidationError", "ValidationError"):
             schema["components"]["schemas"].pop(name, None)
-        if self.access.key_digests:
+        if self.access.closed:
             _describe_keys(schema)
         return schema
 

@@ -47,7 +47,7 @@ def serve_until_interrupted(config: ServeConfig, err: Console) -> None:
 def warn_if_open(config: ServeConfig, err: Console) -> None:
     """Raises `ConfigError` for API keys that cannot be read, before Ray has started."""
     access = read_access(config.api_key_file, config.cors_origins)
-    if not access.key_digests and not _is_loopback(config.host):
+    if not access.closed and not _is_loopback(config.host):
         err.print(
             f"whoever reaches {config.host}:{config.port} may use this server: it has no API keys"
             f" (--api-key-file, {KEY_VARIABLE})",

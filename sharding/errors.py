@@ -16,7 +16,8 @@
         ├── PeerLostError           the other end of a stage edge is gone
         ├── ProtocolError           bytes on a stage edge that no peer of ours would send
         ├── StageError              a stage is alive but could not do its part
-        └── DeviceLostError         a stage's GPU failed: its process cannot compute any more
+        ├── DeviceLostError         a stage's GPU failed: its process cannot compute any more
+        └── RepeatedLossError       it broke each time that it worked on one request
 
 A message carries the numbers and the remedy. Foreign exceptions are translated where they enter
 (Ray's in `stage_actor` and `placement`, sockets' in `transport`); `serving/errors.py` maps this
@@ -119,6 +120,11 @@ class StageError(PipelineError):
 
 class DeviceLostError(PipelineError):
     """The device of a stage failed in use: only a new process may find it working again."""
+
+
+class RepeatedLossError(PipelineError):
+    """Whatever worked on a request broke each time: it may be the cause, and had better not be sent
+    again."""
 
 
 COMPUTING_FAILED: tuple[type[Exception], ...] = (RuntimeError, IndexError, MemoryError)

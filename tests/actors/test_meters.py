@@ -75,6 +75,19 @@ def test_an_error_and_a_cancellation_are_outcomes_too() -> None:
     assert found.refused == {"busy": 1}
 
 
+def test_what_another_engine_began_has_no_first_token_here() -> None:
+    clock = Clock()
+    meters = Meters(clock)
+    request = GenerateRequest("r", [5] * 100, 10, drawn=[1, 2], accepted=True)
+    sink = meters.watch(request, lambda event: None)
+    for event in (Event(), Event([Choice(3)]), Event([Choice(4)], finish_reason="length")):
+        clock.now += 1.0
+        sink(event)
+    found = meters.snapshot()
+    assert sum(found.first_token_s.counts) == sum(found.prompt_tokens.counts) == 0
+    assert (found.gap_s.total, found.outcomes) == (1.0, {"length": 1})
+
+
 def test_a_request_that_is_refused_has_no_prompt() -> None:
     meters = Meters(Clock())
     meters.watch(REQUEST, lambda event: None)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from actors.engine import Engine
 from actors.pipeline import LocalPipeline
 from actors.request import Event, GenerateRequest
-from actors.scheduler import MOST_REPLAYS, Limits, Scheduler
+from actors.running import MOST_REPLAYS
+from actors.scheduler import Limits, Scheduler
 from sharding.batch import PAGE_SLOTS, Batch, Choice, Result, SamplingParams
 from sharding.errors import PeerLostError, StageError
 from sharding.gguf.reader import GGUFFile
@@ -141,6 +142,42 @@ def test_who_is_in_flight_each_time_may_be_the_cause() -> None:
     while (batch := scheduler.next_step()) is not None:
         scheduler.apply(batch, answer(batch))
     assert events["patient"][-1].finish_reason == "length"
+    scheduler.check_integrity()
+
+
+def test_an_answer_that_gets_on_between_breaks_is_no_suspect() -> None:
+    """It may take a day, in which any hardware fails now and then."""
+    scheduler = Scheduler(Limits(context=256, pages=16, in_flight=1))
+    events: list[Event] = []
+    scheduler.submit(ask("long", 10, 100), events.append)
+    for _ in range(8):
+        for _ in range(5):
+            batch = scheduler.next_step()
+            assert batch is not None
+            scheduler.apply(batch, answer(batch))
+        batch = scheduler.next_step()
+        assert batch is not None
+        scheduler.replay_all([batch], "a stage died")
+    while (batch := scheduler.next_step()) is not None:
+        scheduler.apply(batch, answer(batch))
+    assert events[-1].finish_reason == "length"
+
+
+def test_of_many_suspects_only_the_guilty_one_ends() -> None:
+    """All were in flight when the pipeline broke; then they are at work one at a time."""
+    scheduler = Scheduler(Limits(context=64, pages=40, in_flight=1))
+    events: dict[str, list[Event]] = {name: [] for name in ("a", "b", "poison", "c", "d")}
+    for name, heard in events.items():
+        scheduler.submit(ask(name, 20, 6), heard.append)
+    poison = 3
+    while (batch := scheduler.next_step()) is not None:
+        if any(at.request == poison for at in batch.segments):
+            scheduler.replay_all([batch], "a stage died")
+        else:
+            scheduler.apply(batch, answer(batch))
+    ends = {name: heard[-1].finish_reason for name, heard in events.items()}
+    assert ends == {"a": "length", "b": "length", "poison": None, "c": "length", "d": "length"}
+    assert events["poison"][-1].suspect
     scheduler.check_integrity()
 
 

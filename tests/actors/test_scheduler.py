@@ -9,6 +9,7 @@ from zlib import crc32
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from actors.request import Event, GenerateRequest
 from actors.scheduler import LEAST_CHUNK, MOST_PASSING, Limits, Scheduler
@@ -134,6 +135,15 @@ def test_too_many_waiting_requests_are_refused() -> None:
         scheduler.submit(ask(name, 4, 4), lambda event: None)
     with pytest.raises(BusyError):
         scheduler.submit(ask("c", 4, 4), lambda event: None)
+
+
+def test_what_another_engine_accepted_may_wait_however_many_do() -> None:
+    """Its client has had a part of the answer."""
+    scheduler = Scheduler(Limits(context=64, pages=2, in_flight=1, max_waiting=2))
+    for name in "ab":
+        scheduler.submit(ask(name, 4, 4), lambda event: None)
+    scheduler.submit(replace(ask("c", 4, 4), accepted=True), lambda event: None)
+    assert scheduler.waiting == 3
 
 
 def test_a_burst_that_memory_holds_is_not_refused() -> None:

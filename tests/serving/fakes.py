@@ -14,7 +14,6 @@ from typing import Any
 import httpx
 import httpx2
 import openai
-from fastapi import FastAPI
 
 from actors.request import LENGTH, STOP, Event, GenerateRequest
 from actors.stats import EngineStats, EngineStatus
@@ -182,7 +181,7 @@ class World:
     ) -> None:
         self.engine = ScriptedEngine(script)
         self.service = Service(model, ByteTokenizer(template), self.engine)
-        self.app: FastAPI = create_app(self.service, access, keep_alive_s=keep_alive_s)
+        self.app = create_app(self.service, access, keep_alive_s=keep_alive_s)
 
     def post(self, path: str, body: object) -> httpx.Response:
         """POST `body` as JSON."""

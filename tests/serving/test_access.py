@@ -40,6 +40,7 @@ PATHS = [
         {"X-Api-Key": "first-ke"},
         {"X-Api-Key": ""},
         {"X-Api-Key": "first-key, second-key"},
+        {"Authorization": "Bearer none", "X-Api-Key": "neither"},
     ],
 )
 def test_nothing_is_answered_without_a_key(path: str, headers: dict[str, str]) -> None:
@@ -109,6 +110,26 @@ def test_keys_come_from_a_file_and_the_environment(tmp_path: Path) -> None:
     assert [access.allows(key) for key in ("alpha", "beta", "gamma")] == [True] * 3
     assert not any(map(access.allows, ("", "# of the team", "alpha\n", "delta", "é")))
     assert b"alpha" not in repr(access).encode()
+
+
+def test_a_key_that_is_taken_out_of_the_file_opens_nothing_any_more(tmp_path: Path) -> None:
+    """While the server runs; those of the environment stay."""
+    file = tmp_path / "keys"
+    file.write_text("old\nkept\n")
+    access = read_access(str(file), (PAGE,), {KEY_VARIABLE: "gamma"})
+    world = World(access=access)
+
+    def opens(key: str) -> bool:
+        answer = world.request("GET", "/v1/models", headers={"X-Api-Key": key})
+        return answer.status_code == 200
+
+    assert [opens(key) for key in ("old", "kept", "gamma", "new")] == [True, True, True, False]
+    file.write_text("kept\nnew\n")
+    world.app.access = access.with_file(str(file))
+    assert [opens(key) for key in ("old", "kept", "gamma", "new")] == [False, True, True, True]
+    file.write_text("# all gone\n")
+    with pytest.raises(ConfigError, match="has no API key"):
+        access.with_file(str(file))
 
 
 @pytest.mark.parametrize(

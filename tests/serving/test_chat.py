@@ -78,6 +78,17 @@ def test_what_clients_say_of_the_prefix_cache_reaches_the_engine() -> None:
     assert error_of(world.chat(cache_salt=""))["param"] == "cache_salt"
 
 
+@pytest.mark.parametrize(("suspect", "status", "again"), [(False, 503, None), (True, 500, "false")])
+def test_a_client_is_not_told_to_repeat_what_broke_the_engine(
+    suspect: bool, status: int, again: str | None
+) -> None:
+    """The `openai` client repeats a 503 by itself."""
+    answer = World(lambda request: [ACCEPTED, Event(error="it broke", suspect=suspect)]).chat()
+    assert answer.status_code == status
+    assert answer.headers.get("x-should-retry") == again
+    assert error_of(answer)["message"] == "it broke"
+
+
 def test_the_length_limit_is_told() -> None:
     assert World(saying("He", LENGTH)).chat().json()["choices"][0]["finish_reason"] == "length"
 

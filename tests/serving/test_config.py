@@ -86,7 +86,10 @@ def test_yes_is_not_one_stage() -> None:
     assert "stages: true is neither" in _complaint(model="smollm2", stages=True)
 
 
-@pytest.mark.parametrize("origin", ["chat.example.org", "https://a.example.org/", "ftp://a", ""])
+@pytest.mark.parametrize(
+    "origin",
+    ["chat.example.org", "https://a.example/", "ftp://a", "https://A.org", "https://*.a.org", ""],
+)
 def test_an_origin_is_spelt_as_browsers_send_it(origin: str) -> None:
     """One with a path or without a scheme would match no page and do nothing."""
     assert "cors_origins.1: " in _complaint(

@@ -11,7 +11,7 @@ import pytest
 from actors.request import Event, GenerateRequest
 from serving.resume import MOST_RESUMES, ReplicaGoneError, resumed
 from sharding.batch import Choice, SamplingParams
-from sharding.errors import BusyError, LongspanError
+from sharding.errors import BusyError, LongspanError, RepeatedLossError
 from sharding.gguf.reader import GGUFFile
 from tests.stages import local_engine
 from tests.tiny_gguf import tiny_model
@@ -91,11 +91,20 @@ def test_a_client_hears_what_one_replica_would_have_said(
     assert {event.cached_tokens for event in events} == {0}
 
 
-def test_what_kills_every_replica_ends_with_the_error() -> None:
+def test_what_kills_every_replica_ends_with_an_error_that_invites_to_nothing() -> None:
     replicas = Replicas(REQUESTS[0], [2] * (MOST_RESUMES + 1))
-    with pytest.raises(ReplicaGoneError):
+    with pytest.raises(RepeatedLossError, match="it died; 3 times"):
         replicas.run()
     assert len(replicas.asked) == MOST_RESUMES + 1
+
+
+def test_a_replica_that_is_not_quite_there_costs_no_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its feed may be the old one's, its pipeline may break before it takes the request."""
+    monkeypatch.setattr("serving.resume._AGAIN_S", 0.0)
+    whole = Replicas(REQUESTS[1], []).run()
+    replicas = Replicas(REQUESTS[1], [3, 0, 0, 0, 3])
+    assert told(replicas.run()) == told(whole)
+    assert [request.accepted for request in replicas.asked] == [False, *[True] * 5]
 
 
 def test_what_was_not_accepted_is_not_tried_again() -> None:
