@@ -126,7 +126,7 @@ def _stream(port: int, prompt: list[int], tokens: int) -> Streamed:
     begin = time.perf_counter()
     times: list[float] = []
     usage: dict[str, Any] = {}
-    for chunk in events(port, body):
+    for chunk in _events(port, body):
         now = time.perf_counter() - begin
         usage = chunk.get("usage") or usage
         times += [now for choice in chunk["choices"] if choice["text"] or choice["finish_reason"]]
@@ -137,7 +137,7 @@ def _stream(port: int, prompt: list[int], tokens: int) -> Streamed:
     return streamed
 
 
-def events(port: int, body: dict[str, object]) -> Iterator[dict[str, Any]]:
+def _events(port: int, body: dict[str, object]) -> Iterator[dict[str, Any]]:
     """A streamed completion's chunks. Raises `RuntimeError` for any other answer."""
     connection = http.client.HTTPConnection(_HOST, port, timeout=_ANSWER_TIMEOUT_S)
     headers = {"Content-Type": "application/json"}

@@ -321,10 +321,12 @@ class Ingress:
     def _read_keys_again(self) -> None:
         """A key that was taken out of the file opens nothing a few seconds later; deploying anew
         would not build what did not change. On nodes without the file its first keys count."""
-        if self._app is None or not (self._key_file and Path(self._key_file).expanduser().exists()):
+        name = self._key_file
+        # os.path's: Path.exists raises for a folder that may not be looked into.
+        if self._app is None or name is None or not os.path.exists(os.path.expanduser(name)):
             return
         try:
-            self._app.access = self._access.with_file(self._key_file)
+            self._app.access = self._access.with_file(name)
         except ConfigError as error:
             _log.error("the API keys stay as they were: %s", error)
 

@@ -76,5 +76,6 @@ class CrossOrigin(CORSMiddleware):
         response = super().preflight_response(request_headers)
         if response.status_code < HTTPStatus.BAD_REQUEST:
             return response
-        kept = {name: response.headers[name] for name in ("vary",) if name in response.headers}
-        return plain_response(400, bytes(response.body).decode(), "cors_refused", kept)
+        vary = response.headers.get("vary")
+        said = bytes(response.body).decode()
+        return plain_response(400, said, "cors_refused", {"Vary": vary} if vary else None)

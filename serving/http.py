@@ -252,7 +252,8 @@ def _add_health(app: FastAPI, service: Service) -> None:
 
 
 def _add_metrics(app: FastAPI, service: Service) -> None:
-    text: Responses = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+    formats = ("text/plain", "application/openmetrics-text")  # as the scraper prefers
+    text: Responses = {200: {"content": {name: {"schema": {"type": "string"}} for name in formats}}}
 
     @app.get("/metrics", response_class=PlainTextResponse, responses=_errors(500) | text)
     async def metrics(request: Request) -> Response:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from serving.access import KEY_VARIABLE
 from serving.cluster import Deployment, deployed
 from serving.config import ServeConfig
 from tests.stages import wait_until
@@ -33,6 +34,7 @@ def serve_model(path: Path, stages: int = 2) -> Iterator[Served]:
     The cluster believes in two GPUs: tests of stages on GPUs join it.
     """
     os.environ["RAY_OVERRIDE_RESOURCES"] = '{"GPU": 2}'
+    os.environ.pop(KEY_VARIABLE, None)  # of whoever runs the tests
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     config = ServeConfig(

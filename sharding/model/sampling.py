@@ -68,7 +68,7 @@ class History:
     def add_output(self, ids: list[int]) -> None:
         """Drawn tokens; every id is in `[0, vocab)`."""
         self.seen_V[ids] = True
-        if len(ids) <= 1:  # nearly always, and then a tenth of the time
+        if len(ids) <= 1:  # nearly always; 14 us instead of 22
             for token in ids:
                 self.output_counts_V[token] += 1.0
             return
