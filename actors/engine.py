@@ -19,6 +19,7 @@ from itertools import count
 from typing import Protocol
 
 from actors.cores import compute_first
+from actors.grammar import Constraint, Grammars
 from actors.meters import Meters
 from actors.pipeline import Pipeline
 from actors.recovery import wait_before
@@ -33,6 +34,7 @@ from sharding.errors import (
     LongspanError,
     PipelineError,
     ProtocolError,
+    RequestError,
     UnavailableError,
 )
 
@@ -77,8 +79,10 @@ class StageSource(Protocol):
 class Engine:
     """Runs requests over one pipeline. Thread-safe."""
 
-    def __init__(self, source: StageSource) -> None:
+    def __init__(self, source: StageSource, grammars: Grammars | None = None) -> None:
+        """`grammars`: over the model's vocabulary; None: requests with a grammar are refused."""
         self._source = source
+        self._grammars = grammars
         self._lock = threading.Lock()
         self._status = EngineStatus("loading")
         self._scheduler: Scheduler | None = None
@@ -103,11 +107,24 @@ class Engine:
         if status.state != "ready":
             raise UnavailableError(status.detail)
 
-    def submit(self, request: GenerateRequest, sink: Sink) -> None:
-        """Take a request on; `sink` hears an empty event at once, then its progress.
+    def constrain(self, request: GenerateRequest) -> Constraint | None:
+        """What a request's grammar leaves to draw, None if it has none. Takes a while, without the
+        interpreter's lock. Raises `RequestError`."""
+        if not request.grammar:
+            return None
+        if self._grammars is None:
+            raise RequestError("this engine knows no vocabulary that a grammar could guide")
+        return self._grammars.compile(request.grammar, request.drawn)
 
-        Raises `UnavailableError`, `BusyError` or `ContextLengthError`.
+    def submit(
+        self, request: GenerateRequest, sink: Sink, constraint: Constraint | None = None
+    ) -> None:
+        """Take a request on; `sink` hears an empty event at once, then its progress. `constraint`:
+        what `constrain` made of it; None: made here.
+
+        Raises `UnavailableError`, `BusyError`, `ContextLengthError` or `RequestError`.
         """
+        constraint = constraint or self.constrain(request)
         scheduler = self._scheduler
         names = page_names(request, scheduler is not None and scheduler.limits.prefix_cache)
         with self._lock:
@@ -116,7 +133,9 @@ class Engine:
                 reason = f": {self._status.detail}" if self._status.detail else ""
                 raise UnavailableError(f"the engine is {self._status.state}{reason}")
             try:
-                self._scheduler.submit(request, self._meters.watch(request, sink), names)
+                self._scheduler.submit(
+                    request, self._meters.watch(request, sink), names, constraint
+                )
             except (BusyError, ContextLengthError) as error:
                 self._meters.refuse("busy" if isinstance(error, BusyError) else "context")
                 raise

@@ -24,7 +24,8 @@ class GenerateRequest(msgspec.Struct, frozen=True):
     own tokens with that many alternatives, or None. `cached`: whether KV of earlier requests that
     began alike may be used, of those with the same `cache_salt`. `drawn`: what another engine drew
     for it, of its `max_tokens`; it is not told again. `accepted`: by another engine before, so that
-    it may wait however many do.
+    it may wait however many do. `grammar`: what its answer must follow (`grammar.py`), empty for
+    none.
     """
 
     request_id: str
@@ -36,6 +37,7 @@ class GenerateRequest(msgspec.Struct, frozen=True):
     cache_salt: str = ""
     drawn: list[int] = []
     accepted: bool = False
+    grammar: str = ""
 
 
 class Event(msgspec.Struct, frozen=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from actors.grammar import Constraint
 from actors.pages import PageKeys
 from actors.request import LENGTH, STOP, GenerateRequest, Sink
 from sharding.batch import PAGE_SLOTS, Choice, Opened, Segment, seen_bits
@@ -25,13 +26,15 @@ class Running:
     `fed`: the last step with tokens that it reads, -1 before the first. `scored`: prompt tokens
     whose log-probabilities it heard. `losses`: how often the pipeline broke with tokens of its in
     flight, `done_before`: how far it was then. `filled` of its pages had its KV when it began, and
-    while it waits, `found` could be found, when last `tried`.
+    while it waits, `found` could be found, when last `tried`. `constraint`: what may be drawn next,
+    None if anything.
     """
 
     number: int
     request: GenerateRequest
     sink: Sink
     names: PageKeys
+    constraint: Constraint | None = None
     sent: int = 0
     done: int = 0
     passed: int = 0
@@ -146,14 +149,34 @@ class Running:
         stop = start + tokens
         scored = self.request.prompt_logprobs
         heard = scored is None or min(stop + 1, len(prompt)) <= self.scored + 1
+        draws = stop == len(self.given) and self.request.max_tokens > 0
         return Segment(
             self.number,
             start,
             list(self.given[start:stop]),
-            sample=stop == len(self.given) and self.request.max_tokens > 0,
+            sample=draws,
             targets=[] if heard else prompt[start + 1 : stop + 1],
             alternatives=scored or 0,
+            allowed=self._allowed if draws else b"",
         )
+
+    def next_token(self) -> Segment:
+        """The newest token, and to draw the one that follows it."""
+        return Segment(
+            self.number, self.sent, [self.drawn[-1]], sample=True, allowed=self._allowed
+        )
+
+    @property
+    def _allowed(self) -> bytes:
+        return b"" if self.constraint is None else self.constraint.allowed
+
+    def draw(self, token: int) -> str | None:
+        """A token was drawn; why none can follow, if that is an error."""
+        self.drawn.append(token)
+        if self.constraint is None or self.finish_reason is not None:
+            return None
+        self.constraint.take(token)
+        return self.constraint.error
 
     def unheard(self, segment: Segment, scores: list[Choice]) -> list[Choice]:
         """Of a segment's scores those that it did not hear before a repair."""
@@ -167,6 +190,8 @@ class Running:
         if self.done < len(self.given):
             return None
         if self.drawn and self.drawn[-1] in self.stops:
+            return STOP
+        if self.constraint is not None and self.constraint.complete:
             return STOP
         return LENGTH if len(self.drawn) >= self.request.max_tokens else None
 

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
+from actors.grammar import Constraint
 from actors.pages import PageKeys
 from actors.request import Event, GenerateRequest, Sink
 from actors.running import MOST_REPLAYS, Running, page_names
@@ -97,9 +98,16 @@ class Scheduler:
         """Requests that own KV."""
         return len(self._running)
 
-    def submit(self, request: GenerateRequest, sink: Sink, names: PageKeys | None = None) -> None:
+    def submit(
+        self,
+        request: GenerateRequest,
+        sink: Sink,
+        names: PageKeys | None = None,
+        constraint: Constraint | None = None,
+    ) -> None:
         """Queue a request, or raise `ContextLengthError` (never fits) or `BusyError` (full).
-        `names`: its `page_names`, which take a while; None: made here."""
+        `names`: its `page_names`, which take a while; None: made here. `constraint`: its grammar's,
+        behind what was drawn."""
         prompt, total = len(request.prompt), len(request.prompt) + request.max_tokens
         most = self.limits.most_tokens
         if total > most:
@@ -116,7 +124,7 @@ class Scheduler:
         self._next_number += 1
         if names is None:
             names = page_names(request, self.limits.prefix_cache)
-        entry = Running(self._next_number, request, sink, names)
+        entry = Running(self._next_number, request, sink, names, constraint)
         self._entries[request.request_id] = entry
         self._waiting.append(entry)
         sink(Event())
@@ -237,7 +245,7 @@ class Scheduler:
         for entry in ready:
             # Last in, last out: whoever decoded moves behind those who have not.
             self._running[entry.number] = self._running.pop(entry.number)
-            segments.append(Segment(entry.number, entry.sent, [entry.drawn[-1]], sample=True))
+            segments.append(entry.next_token())
             entry.sent += 1
         return segments
 
@@ -344,8 +352,11 @@ class Scheduler:
         self._keep_full(entry)
         self.prompt_tokens += max(0, min(prompt, entry.done) - segment.start)
         tokens = [] if found.drawn is None else [found.drawn]
-        entry.drawn += [choice.token for choice in tokens]
         self.drawn_tokens += len(tokens)
+        for choice in tokens:
+            if (error := entry.draw(choice.token)) is not None:
+                self._fail(entry.number, error)
+                return
         reason = entry.finish_reason
         if reason is not None:
             self._end(entry)

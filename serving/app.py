@@ -109,7 +109,10 @@ class EngineReplica:
             if event.last:
                 loop.call_soon_threadsafe(_set, ended)
 
-        self._engine.submit(request, sink)
+        constraint = None
+        if request.grammar:  # not here: others' events would wait
+            constraint = await asyncio.to_thread(self._engine.constrain, request)
+        self._engine.submit(request, sink, constraint)
         try:
             await asyncio.wait((ended, feed.lost), return_when=asyncio.FIRST_COMPLETED)
         finally:

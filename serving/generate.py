@@ -14,6 +14,7 @@ from typing import Any, Self
 import msgspec
 
 from actors.engine import Engine
+from actors.grammar import Grammars
 from actors.local import LocalStages, plan_limits
 from actors.pipeline import LocalPipeline
 from actors.request import GenerateRequest
@@ -50,7 +51,7 @@ class LocalModel:
         self.limits = plan_limits(planned, max_waiting=1)
         use_threads(self.threads, self.kernels)
         self._source = LocalStages(path, planned)
-        self.engine = Engine(self._source)
+        self.engine = Engine(self._source, Grammars(lambda: self.tokenizer))
 
     @property
     def pipeline(self) -> LocalPipeline:
@@ -75,8 +76,14 @@ class Generation:
     """One continuation: its text as it comes, then its figures."""
 
     def __init__(
-        self, local: LocalModel, text: str, max_tokens: int, sampling: SamplingParams
+        self,
+        local: LocalModel,
+        text: str,
+        max_tokens: int,
+        sampling: SamplingParams,
+        grammar: str = "",
     ) -> None:
+        """`grammar`: what the answer must follow (`actors/grammar.py`)."""
         self._local = local
         self._prompt = local.tokenizer.encode(text)
         if not self._prompt:
@@ -87,7 +94,11 @@ class Generation:
                 f"the prompt has {len(self._prompt)} tokens, the context holds {local.context}"
             )
         self._request = GenerateRequest(
-            "generate", self._prompt, min(max_tokens, room), _with_stops(sampling, local)
+            "generate",
+            self._prompt,
+            min(max_tokens, room),
+            _with_stops(sampling, local),
+            grammar=grammar,
         )
         self.text = ""
         self.token_ids: list[int] = []

@@ -82,7 +82,8 @@ class Segment(msgspec.Struct, frozen=True):
 
     `sample`: draw the token that follows the last of them. `targets`: score `targets[i]` as the
     successor of `tokens[i]` (prompt log-probabilities), with so many `alternatives` each; empty to
-    score nothing.
+    score nothing. `allowed`: what may be drawn has bit `id % 8` of byte `id // 8` set; empty if all
+    may.
     """
 
     request: int
@@ -91,6 +92,7 @@ class Segment(msgspec.Struct, frozen=True):
     sample: bool = False
     targets: list[int] = []
     alternatives: int = 0
+    allowed: bytes = b""
 
 
 class Batch(msgspec.Struct, frozen=True):

@@ -26,7 +26,7 @@ from sharding.model.attention import BatchIndex, build_index
 from sharding.model.block import load_block
 from sharding.model.kv_cache import PageStore
 from sharding.model.rope import rope_of
-from sharding.model.sampling import History, takes_likeliest
+from sharding.model.sampling import History, keep_allowed, takes_likeliest
 from sharding.model.tensors import EMBEDDING, OUTPUT_NORM, check_tensors
 from sharding.model.weights import load_factors, load_head, load_vector
 from sharding.stage_spec import StageSpec
@@ -309,7 +309,7 @@ class Stage:
             return not segment.targets
         opened = self._open[segment.request].opened
         drawn = segment.start + len(segment.tokens) - opened.prompt_tokens
-        return takes_likeliest(opened.sampling, drawn)
+        return not segment.allowed and takes_likeliest(opened.sampling, drawn)
 
     def _likeliest(self, hidden_TI: torch.Tensor, rows: int) -> list[int]:
         if rows <= LOGIT_ROWS:  # no slice for decoded tokens
@@ -355,7 +355,8 @@ class Stage:
         entry, position = self._open[segment.request], segment.start + len(segment.tokens)
         drawn = position - entry.opened.prompt_tokens
         params = entry.opened.sampling
-        token = self.kernels.draw(logits_V, params, position, drawn, entry.history)
+        left_V = keep_allowed(logits_V, segment.allowed) if segment.allowed else logits_V
+        token = self.kernels.draw(left_V, params, position, drawn, entry.history)
         if params.logprobs is None:
             return Choice(token)
         return self.kernels.score(logits_V[None], [token], params.logprobs)[0]

@@ -120,6 +120,17 @@ def draw(
     return int(ids_N[noisy_N.argmax()])
 
 
+def keep_allowed(logits_V: Tensor, allowed: bytes) -> Tensor:
+    """Logits with -inf for what `allowed` has no bit for (`Segment.allowed`), in float32 like
+    `logits_V`, which stays as it is. Raises `StageError` if it is no mask of the vocabulary."""
+    vocab = logits_V.numel()
+    if not vocab <= 8 * len(allowed) < vocab + 64:
+        raise StageError(f"a mask of {len(allowed)} bytes for {vocab} tokens")
+    bits_V = np.unpackbits(np.frombuffer(allowed, np.uint8), count=vocab, bitorder="little")
+    banned_V = torch.from_numpy(bits_V == 0).to(logits_V.device)
+    return logits_V.masked_fill(banned_V, -math.inf)
+
+
 def takes_likeliest(params: SamplingParams, drawn: int) -> bool:
     """Whether the largest logit is drawn, the lowest id of equals, and nothing is said of it."""
     return params.temperature == 0.0 and params.logprobs is None and not _adjusts(params, drawn)

@@ -1,0 +1,149 @@
+"""Which tokens may come next, for a request whose answer must follow a grammar.
+
+The only home of llguidance. A grammar is text in its Lark dialect (github.com/guidance-ai/
+llguidance, docs/syntax.md), which holds JSON schemas (`%json`) and single tokens (`<[id]>`) too.
+What may follow depends on the drawn tokens alone, so a replay draws what was drawn before. Not
+here: what a client asks for (`serving/formats.py` writes grammars), and the drawing.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+import llguidance
+
+from sharding.errors import RequestError
+from sharding.gguf.tokenizer import Tokenizer
+
+MOST_GRAMMAR_BYTES = 128 << 10
+"""Of a grammar's text. One schema with thousands of properties takes seconds to read."""
+
+_KEPT = 64  # grammars that are not read again
+_MOST_ERROR_CHARS = 400
+
+# What a grammar of a stranger may take: a tenth of a second a token and some 100 MB at worst.
+_LIMITS = llguidance.LLParserLimits(
+    max_items_in_row=20_000, max_lexer_states=50_000, verbose_errors=False
+)
+
+
+class Constraint:
+    """What a grammar leaves to draw after the tokens so far.
+
+    `allowed`: bit `id % 8` of byte `id // 8` is set for those that may come next. `complete`:
+    nothing more can. `error`: why the grammar cannot be followed any further.
+    """
+
+    def __init__(self, matcher: llguidance.LLMatcher) -> None:
+        self._matcher = matcher
+        self.allowed = b""
+        self.complete = False
+        self.error: str | None = None
+        self._look()
+
+    def take(self, token: int) -> None:
+        """Go on behind a token."""
+        self._matcher.consume_token(token)
+        self._look()
+
+    def _look(self) -> None:
+        if not self._matcher.is_stopped():
+            self.allowed = self._matcher.compute_bitmask()
+        if self._matcher.is_error():
+            self.error = f"the answer's grammar failed: {_brief(self._matcher.get_error())}"
+        self.complete = self.error is None and self._matcher.is_stopped()
+
+
+class Grammars:
+    """Grammars over one vocabulary. Thread-safe."""
+
+    def __init__(self, tokenizer: Callable[[], Tokenizer]) -> None:
+        """`tokenizer` is asked when it is first needed, since that takes a second or two."""
+        self._ask = tokenizer
+        self._lock = threading.Lock()
+        self._tokenizer: llguidance.LLTokenizer | None = None
+        self._read: OrderedDict[str, llguidance.LLMatcher] = OrderedDict()
+
+    def prepare(self) -> None:
+        """Do now what the first grammar would wait for."""
+        with self._lock:
+            if self._tokenizer is None:
+                self._tokenizer = _adapted(self._ask())
+
+    def compile(self, grammar: str, drawn: Sequence[int] = ()) -> Constraint:
+        """A grammar behind the tokens that were drawn already. Takes milliseconds, for the largest
+        seconds, without the interpreter's lock. Raises `RequestError` if it cannot be used."""
+        self.prepare()
+        with self._lock:
+            known = self._read.get(grammar)
+        if known is None:
+            known = self._matcher(grammar)
+        with self._lock:
+            self._read[grammar] = known
+            self._read.move_to_end(grammar)
+            if len(self._read) > _KEPT:
+                self._read.popitem(last=False)
+            matcher = known.deep_copy()
+        matcher.consume_tokens(list(drawn))
+        constraint = Constraint(matcher)
+        if constraint.error is not None:
+            raise RequestError(constraint.error)
+        return constraint
+
+    def _matcher(self, grammar: str) -> llguidance.LLMatcher:
+        check_grammar(grammar, read=False)
+        assert self._tokenizer is not None, "prepared"
+        matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=_LIMITS)
+        if matcher.is_error():
+            raise RequestError(f"the grammar cannot be used: {_brief(matcher.get_error())}")
+        return matcher
+
+
+def check_grammar(grammar: str, param: str | None = None, *, read: bool = True) -> None:
+    """Raises `RequestError`, with the field that it came from, for a grammar that no vocabulary
+    could use; unless `read`, only for one that is too long."""
+    if (size := len(grammar.encode())) > MOST_GRAMMAR_BYTES:
+        message = f"the grammar has {size} bytes, more than {MOST_GRAMMAR_BYTES}; make it smaller"
+        raise RequestError(message, param)
+    if read and (error := llguidance.LLMatcher.validate_grammar(grammar, limits=_LIMITS)):
+        raise RequestError(f"the grammar cannot be used: {_brief(error)}", param)
+
+
+def from_gbnf(grammar: str) -> str:
+    """llama.cpp's notation in Lark's. Raises `ValueError` if it is none."""
+    try:
+        return str(llguidance.gbnf_to_lark(grammar))
+    except Exception as error:
+        raise ValueError(_brief(str(error))) from error
+
+
+def _adapted(tokenizer: Tokenizer) -> llguidance.LLTokenizer:
+    if not tokenizer.stop_ids:
+        raise RequestError("this model's file names no token that ends an answer")
+    wrapped = llguidance.TokenizerWrapper(_Adapter(tokenizer))
+    return llguidance.LLTokenizer(wrapped, eos_token=list(tokenizer.stop_ids))
+
+
+class _Adapter:
+    """A tokenizer as llguidance asks for it: by the names of its attributes."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        ids = range(tokenizer.vocab_size)
+        self.eos_token_id = tokenizer.stop_ids[0]
+        self.bos_token_id = tokenizer.bos_id
+        self.tokens = [tokenizer.token_bytes(token) for token in ids]
+        self.special_token_ids = [
+            token for token in ids if not tokenizer.token_bytes(token, special=False)
+        ]
+        self._tokenizer = tokenizer
+
+    def __call__(self, text: bytes) -> list[int]:
+        return self._tokenizer.encode(text.decode(), add_special=False, parse_special=False)
+
+
+def _brief(error: str) -> str:
+    """The first line says what; those below draw where."""
+    lines = [line.strip() for line in error.splitlines() if line.strip()]
+    return (lines[0] if lines else "for no reason that is told")[:_MOST_ERROR_CHARS]
