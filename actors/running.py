@@ -162,9 +162,7 @@ class Running:
 
     def next_token(self) -> Segment:
         """The newest token, and to draw the one that follows it."""
-        return Segment(
-            self.number, self.sent, [self.drawn[-1]], sample=True, allowed=self._allowed
-        )
+        return Segment(self.number, self.sent, [self.drawn[-1]], sample=True, allowed=self._allowed)
 
     @property
     def _allowed(self) -> bytes:

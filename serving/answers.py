@@ -20,7 +20,7 @@ from pydantic import BaseModel
 
 from actors.request import Event, GenerateRequest
 from serving.errors import error_body
-from serving.openai import PromptDetails, PromptProgress, Usage
+from serving.openai_answers import PromptDetails, PromptProgress, Usage
 from serving.prepare import Job
 from serving.service import EngineClient, Service
 from serving.text import AnswerText, Piece

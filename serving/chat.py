@@ -8,19 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from serving.openai import (
+from serving.openai import ChatMessage, ChatRequest, TextPart
+from serving.openai_answers import (
     AnswerMessage,
     ChatChoice,
     ChatChunk,
     ChatCompletion,
     ChatLogprobs,
-    ChatMessage,
     ChatProgress,
-    ChatRequest,
     ChunkChoice,
     Delta,
     PromptProgress,
-    TextPart,
     TokenLogprob,
     TopLogprob,
     Usage,

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from serving.openai import (
+from serving.openai import CompletionRequest
+from serving.openai_answers import (
     Completion,
     CompletionChoice,
     CompletionLogprobs,
     CompletionProgress,
-    CompletionRequest,
     FinishReason,
     PromptProgress,
     Usage,

@@ -27,17 +27,19 @@ from serving.errors import ErrorBody, install, plain_response
 from serving.gate import OPEN_PATHS, CrossOrigin, KeyCheck
 from serving.metrics import render
 from serving.openai import (
-    ChatCompletion,
     ChatRequest,
-    Completion,
     CompletionRequest,
-    DetokenizeAnswer,
     DetokenizeRequest,
+    TokenizeRequest,
+)
+from serving.openai_answers import (
+    ChatCompletion,
+    Completion,
+    DetokenizeAnswer,
     Health,
     ModelCard,
     ModelList,
     TokenizeAnswer,
-    TokenizeRequest,
     TokenizerInfo,
     Version,
 )

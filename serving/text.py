@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from actors.request import LENGTH, Event
-from serving.openai import FinishReason
+from serving.openai_answers import FinishReason
 from serving.service import Tokenizer
 from sharding.batch import Choice, SamplingParams
 

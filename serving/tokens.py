@@ -6,11 +6,10 @@ used decides. Slow for long texts: run them in a thread.
 
 from __future__ import annotations
 
-from serving.openai import (
+from serving.openai import DetokenizeRequest, TokenizeRequest
+from serving.openai_answers import (
     DetokenizeAnswer,
-    DetokenizeRequest,
     TokenizeAnswer,
-    TokenizeRequest,
     TokenizerInfo,
     TokenPiece,
 )
