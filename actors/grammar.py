@@ -8,17 +8,23 @@ here: what a client asks for (`serving/formats.py` writes grammars), and the dra
 
 from __future__ import annotations
 
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 import llguidance
+from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from sharding.errors import RequestError
 from sharding.gguf.tokenizer import Tokenizer
 
 MOST_GRAMMAR_BYTES = 128 << 10
 """Of a grammar's text. One schema with thousands of properties takes seconds to read."""
+
+MOST_FORCED = 32
+"""Tokens that follow another without being drawn. The same for any chunk: it may change an answer
+how its text is cut into tokens."""
 
 _KEPT = 64  # grammars that are not read again
 _MOST_ERROR_CHARS = 400
@@ -43,10 +49,20 @@ class Constraint:
         self.error: str | None = None
         self._look()
 
-    def take(self, token: int) -> None:
-        """Go on behind a token."""
+    def take(self, token: int, most: int) -> list[int]:
+        """Go on behind a token, and behind those that can only follow it, which it returns: `most`
+        at most, and no more than `MOST_FORCED`.
+
+        Where the grammar leaves one text only, these are the tokens that the model's tokenizer
+        makes of it. To draw them one by one would take a step each.
+        """
         self._matcher.consume_token(token)
+        forced: list[int] = []
+        if most > 0 and not self._matcher.is_stopped():
+            forced = self._matcher.compute_ff_tokens()[: min(most, MOST_FORCED)]
+            forced = forced[: self._matcher.try_consume_tokens(forced)]
         self._look()
+        return forced
 
     def _look(self) -> None:
         if not self._matcher.is_stopped():
@@ -114,7 +130,7 @@ def check_grammar(grammar: str, param: str | None = None, *, read: bool = True) 
 def from_gbnf(grammar: str) -> str:
     """llama.cpp's notation in Lark's. Raises `ValueError` if it is none."""
     try:
-        return str(llguidance.gbnf_to_lark(grammar))
+        return gbnf_to_lark(grammar)
     except Exception as error:
         raise ValueError(_brief(str(error))) from error
 
@@ -138,12 +154,21 @@ class _Adapter:
             token for token in ids if not tokenizer.token_bytes(token, special=False)
         ]
         self._tokenizer = tokenizer
+        # Before a text SentencePiece puts a space, but not behind a byte that no word contains.
+        spaced = self._encode("a") != self._encode("\x02a")[len(self._encode("\x02")) :]
+        self._before = "\x02" if spaced else ""
 
     def __call__(self, text: bytes) -> list[int]:
-        return self._tokenizer.encode(text.decode(), add_special=False, parse_special=False)
+        ids, before = self._encode(self._before + text.decode()), self._encode(self._before)
+        return ids[len(before) :]
+
+    def _encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special=False, parse_special=False)
 
 
 def _brief(error: str) -> str:
-    """The first line says what; those below draw where."""
-    lines = [line.strip() for line in error.splitlines() if line.strip()]
-    return (lines[0] if lines else "for no reason that is told")[:_MOST_ERROR_CHARS]
+    """What is wrong, without the drawing of where: most grammars are written by us."""
+    lines = [line.strip() for line in error.splitlines() if line.strip()] or ["for no reason told"]
+    cause = next((line for line in lines[1:] if line.startswith("error: ")), "")
+    said = re.sub(r"^at \d+\(\d+\): ", "", lines[0]) + cause.removeprefix("error")
+    return said[:_MOST_ERROR_CHARS]

@@ -160,21 +160,32 @@ class Running:
             allowed=self._allowed if draws else b"",
         )
 
-    def next_token(self) -> Segment:
-        """The newest token, and to draw the one that follows it."""
-        return Segment(self.number, self.sent, [self.drawn[-1]], sample=True, allowed=self._allowed)
+    def next_tokens(self, most: int) -> Segment:
+        """Its newest tokens, as many as a step has room for, and to draw the one that follows
+        them."""
+        stop = len(self.request.prompt) + len(self.drawn)
+        taken = self.drawn[self.sent - stop :][:most]
+        draws = self.sent + len(taken) == stop
+        allowed = self._allowed if draws else b""
+        return Segment(self.number, self.sent, taken, sample=draws, allowed=allowed)
 
     @property
     def _allowed(self) -> bytes:
         return b"" if self.constraint is None else self.constraint.allowed
 
-    def draw(self, token: int) -> str | None:
-        """A token was drawn; why none can follow, if that is an error."""
-        self.drawn.append(token)
+    def draw(self, choice: Choice) -> list[Choice]:
+        """A token was drawn: it, and those that can only follow it."""
+        self.drawn.append(choice.token)
         if self.constraint is None or self.finish_reason is not None:
-            return None
-        self.constraint.take(token)
-        return self.constraint.error
+            return [choice]
+        room = self.request.max_tokens - len(self.drawn)
+        # To be scored, a token must be drawn.
+        scored = self.request.sampling.logprobs is not None
+        forced = self.constraint.take(choice.token, 0 if scored else room)
+        ends = (i + 1 for i, token in enumerate(forced) if token in self.stops)
+        forced = forced[: next(ends, len(forced))]
+        self.drawn += forced
+        return [choice, *map(Choice, forced)]
 
     def unheard(self, segment: Segment, scores: list[Choice]) -> list[Choice]:
         """Of a segment's scores those that it did not hear before a repair."""

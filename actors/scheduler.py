@@ -172,7 +172,8 @@ class Scheduler:
         """The next batch, or None when nothing can start before a result comes back."""
         self._admit()
         segments = self._decode_segments()
-        opened, chunks = self._prompt_segments(self.limits.chunk - len(segments))
+        taken = sum(len(segment.tokens) for segment in segments)
+        opened, chunks = self._prompt_segments(self.limits.chunk - taken)
         segments += chunks
         if not (segments or self._closed):
             return None
@@ -230,7 +231,8 @@ class Scheduler:
         return self.pool.reserve(entry.number, entry.tokens, entry.keys, entry.found)
 
     def _decode_segments(self) -> list[Segment]:
-        """One token of each request that has one, but no more than its share of the requests.
+        """The newest tokens of each request that has some, nearly always one, but of no more than
+        their share of the requests.
 
         With as many groups as batches in flight every stage has work; one batch of all of them
         would leave all stages but one idle.
@@ -243,10 +245,13 @@ class Scheduler:
         ready = [entry for entry in self._running.values() if entry.decodable][:share]
         segments = []
         for entry in ready:
+            if most <= 0:
+                break
             # Last in, last out: whoever decoded moves behind those who have not.
             self._running[entry.number] = self._running.pop(entry.number)
-            segments.append(entry.next_token())
-            entry.sent += 1
+            segments.append(entry.next_tokens(most))
+            entry.sent += len(segments[-1].tokens)
+            most -= len(segments[-1].tokens)
         return segments
 
     def _prompt_segments(self, budget: int) -> tuple[list[Opened], list[Segment]]:
@@ -351,12 +356,11 @@ class Scheduler:
         entry.done = segment.start + len(segment.tokens)
         self._keep_full(entry)
         self.prompt_tokens += max(0, min(prompt, entry.done) - segment.start)
-        tokens = [] if found.drawn is None else [found.drawn]
+        tokens = [] if found.drawn is None else entry.draw(found.drawn)
         self.drawn_tokens += len(tokens)
-        for choice in tokens:
-            if (error := entry.draw(choice.token)) is not None:
-                self._fail(entry.number, error)
-                return
+        if entry.constraint is not None and entry.constraint.error is not None:
+            self._fail(entry.number, entry.constraint.error)
+            return
         reason = entry.finish_reason
         if reason is not None:
             self._end(entry)

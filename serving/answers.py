@@ -221,7 +221,7 @@ async def collect(service: Service, job: Job, wording: Wording) -> BaseModel:
 
 def _texts(service: Service, job: Job) -> list[AnswerText]:
     return [
-        AnswerText(service.tokenizer, request.sampling, job.stops, job.skip)
+        AnswerText(service.tokenizer, request.sampling, job.stops, job.skip, job.shown)
         for request in job.requests
     ]
 

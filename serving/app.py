@@ -12,6 +12,7 @@ import asyncio
 import hashlib
 import logging
 import os
+import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
@@ -28,6 +29,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from actors.engine import Engine
+from actors.grammar import Grammars
 from actors.placement import PlacementConfig, RayStages
 from actors.request import Event, GenerateRequest
 from actors.stats import EngineStats, EngineStatus
@@ -87,9 +89,11 @@ class EngineReplica:
         node = ray.get_runtime_context().get_node_id()
         self._feeds = Feeds(node, ray.util.get_node_ip_address())
         self._stages = RayStages(placement)
-        self._engine = Engine(self._stages)
+        grammars = Grammars(lambda: describe_model(config)[1])
+        self._engine = Engine(self._stages, grammars)
         self._asking: asyncio.Task[EngineStats] | None = None
         self._engine.start()
+        threading.Thread(target=grammars.prepare, name="longspan-grammars", daemon=True).start()
 
     async def feed(self) -> FeedAddress:
         """Where an ingress gets its requests' events."""

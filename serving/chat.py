@@ -6,11 +6,16 @@ Not here: drawing and cancelling (`answers.py`), fields shared with plain comple
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
-from serving.openai import ChatMessage, ChatRequest, TextPart
+from serving.grammars import Calls, answer_grammar, markers_of, special_id
+from serving.message import THINK, THOUGHT, AnswerForm, MessagePart, MessageReader
+from serving.openai import ChatMessage, ChatRequest, TextPart, Tool, ToolCall
 from serving.openai_answers import (
     AnswerMessage,
+    CalledFunction,
     ChatChoice,
     ChatChunk,
     ChatCompletion,
@@ -18,19 +23,25 @@ from serving.openai_answers import (
     ChatProgress,
     ChunkChoice,
     Delta,
+    FinishReason,
+    FunctionDelta,
     PromptProgress,
     TokenLogprob,
+    ToolCallDelta,
     TopLogprob,
     Usage,
 )
+from serving.openai_answers import ToolCall as ToolCallAnswer
 from serving.prepare import Job, Scores, build_job, check_body, check_length
 from serving.service import Service, Tokenizer
-from serving.template import ChatTemplate, special_text
+from serving.template import ChatTemplate, Message, special_text
 from serving.text import Piece, PlacedToken, finite, token_name
+from serving.tool_formats import TOLD, format_of, with_tools_in_system, with_tools_told
+from serving.wishes import calls_wish, check_once, content_wish
 from sharding.batch import Choice
 from sharding.errors import RequestError
 
-_UNSUPPORTED_IN_MESSAGES = ("tool_calls", "function_call", "audio")
+_UNSUPPORTED_IN_MESSAGES = ("function_call", "audio")
 
 
 def prepare_chat(body: ChatRequest, service: Service, template: ChatTemplate) -> Job:
@@ -41,16 +52,51 @@ def prepare_chat(body: ChatRequest, service: Service, template: ChatTemplate) ->
     check_body(body, service)
     if body.top_logprobs and not body.logprobs:
         raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")
-    messages = [_plain(message, i) for i, message in enumerate(body.messages)]
-    for message in messages:
-        check_length(str(message["content"]), service)
-    text = template.render(messages, body.add_generation_prompt is not False)
-    check_length(text, service)
+    known = format_of(template.source)
+    calls = calls_wish(body, known or TOLD)
+    text = _prompt_text(body, service, template, None if calls is None else body.tools)
     ids = _encode(service.tokenizer, text)
     if not ids:
         raise RequestError("the model's chat template made an empty prompt of these", "messages")
+    form = AnswerForm(template.thinking_after(text), None if calls is None else calls.format)
+    grammar = _grammar(body, service.tokenizer, calls, form)
     scores = Scores(drawn=(body.top_logprobs or 0) if body.logprobs else None)
-    return build_job("chatcmpl", body, service, [ids], scores)
+    job = build_job("chatcmpl", body, service, [ids], scores, grammar)
+    markers = [] if form.tools is None else markers_of(form.tools)
+    tokens = (special_id(service.tokenizer, marker) for marker in (*markers, THINK, THOUGHT))
+    return replace(job, form=form, shown=frozenset(each for each in tokens if each is not None))
+
+
+def _grammar(body: ChatRequest, tokenizer: Tokenizer, calls: Calls | None, form: AnswerForm) -> str:
+    """What answers must follow, empty if nothing."""
+    content, param = content_wish(body)
+    if content is not None and calls is not None and not calls.format.marker:
+        message = f"{param} cannot be followed together with tools: this model's calls are JSON too"
+        raise RequestError(message, param)
+    grammar = answer_grammar(tokenizer, content, calls, form.thinking)
+    if grammar:
+        if content is not None and calls is not None:  # to tell which of them is at fault
+            check_once(answer_grammar(tokenizer, content, None, form.thinking), param)
+        check_once(grammar, param if calls is None else "tools")
+    return grammar
+
+
+def _prompt_text(
+    body: ChatRequest, service: Service, template: ChatTemplate, tools: Sequence[Tool] | None
+) -> str:
+    messages: Sequence[Message] = [_plain(message, i) for i, message in enumerate(body.messages)]
+    for message in messages:
+        check_length(str(message["content"]), service)
+    form = format_of(template.source)
+    given = [tool.model_dump(exclude_none=True) for tool in tools or ()]
+    if form is None:
+        messages, given = with_tools_told(messages, given), []
+    elif form.in_system and given:
+        messages = with_tools_in_system(messages, given)
+    begin = body.add_generation_prompt is not False
+    text = template.render(messages, begin, given or None, body.chat_template_kwargs)
+    check_length(text, service)
+    return text
 
 
 def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -60,7 +106,7 @@ def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def _plain(message: ChatMessage, i: int) -> dict[str, object]:
-    """A message as templates know it: its content is one string."""
+    """A message as templates know it: its content is one string, arguments are objects."""
     where = f"messages[{i}]"
     for name in _UNSUPPORTED_IN_MESSAGES:
         if (message.model_extra or {}).get(name):
@@ -75,8 +121,30 @@ def _plain(message: ChatMessage, i: int) -> dict[str, object]:
         plain["content"] = ""
     else:
         raise RequestError(f"{where}.content must not be null", f"{where}.content")
-    optional = {"name": message.name, "tool_call_id": message.tool_call_id}
+    if message.tool_calls and message.role == "assistant":
+        plain["tool_calls"] = [
+            _plain_call(call, f"{where}.tool_calls[{k}]")
+            for k, call in enumerate(message.tool_calls)
+        ]
+    optional = {
+        "name": message.name,
+        "tool_call_id": message.tool_call_id,
+        "reasoning_content": message.reasoning_content,
+    }
     return plain | {name: value for name, value in optional.items() if value is not None}
+
+
+def _plain_call(call: ToolCall, where: str) -> dict[str, object]:
+    field = f"{where}.function.arguments"
+    try:
+        arguments = json.loads(call.function.arguments or "{}")
+    except (ValueError, RecursionError):
+        raise RequestError(f"{field} is no JSON text", field) from None
+    if not isinstance(arguments, dict):
+        raise RequestError(f"{field} is no JSON object", field)
+    function = {"name": call.function.name, "arguments": arguments}
+    called: dict[str, object] = {"type": "function", "function": function}
+    return called if call.id is None else {"id": call.id, **called}
 
 
 def _parts_text(parts: Sequence[TextPart], where: str) -> str:
@@ -96,6 +164,7 @@ class ChatWording:
         self._job = job
         self._tokenizer = tokenizer
         self._with_logprobs = job.requests[0].sampling.logprobs is not None
+        self._readers = [MessageReader(job.form) for _ in job.requests]
 
     def opening(self) -> Iterator[ChatChunk]:
         """The role, for each choice."""
@@ -105,12 +174,22 @@ class ChatWording:
 
     def chunks(self, index: int, piece: Piece) -> Iterator[ChatChunk]:
         """The text, and at the end why it ended."""
-        if piece.text or (piece.tokens and self._with_logprobs):
-            delta, logprobs = Delta(content=piece.text), self._logprobs(piece.tokens)
+        last = piece.finish_reason is not None
+        deltas = [_delta(part) for part in self._readers[index].read(piece.text, last)]
+        logprobs = self._logprobs(piece.tokens)
+        if logprobs is not None and piece.tokens and not deltas:
+            deltas = [Delta(content="")]
+        for delta in deltas:
             yield self._chunk([ChunkChoice(index=index, delta=delta, logprobs=logprobs)])
-        if piece.finish_reason is not None:
-            end = ChunkChoice(index=index, delta=Delta(), finish_reason=piece.finish_reason)
-            yield self._chunk([end])
+            logprobs = None  # said once, with the first of what its tokens add
+        if last:
+            reason = self._reason(index, piece)
+            yield self._chunk([ChunkChoice(index=index, delta=Delta(), finish_reason=reason)])
+
+    def _reason(self, index: int, piece: Piece) -> FinishReason:
+        assert piece.finish_reason is not None, "asked for at the end"
+        called = self._readers[index].called and piece.finish_reason == "stop"
+        return "tool_calls" if called else piece.finish_reason
 
     def progress(self, index: int, progress: PromptProgress) -> ChatProgress:
         """An empty delta, with what was read."""
@@ -133,13 +212,12 @@ class ChatWording:
         )
 
     def _choice(self, index: int, pieces: list[Piece]) -> ChatChoice:
-        finish_reason = pieces[-1].finish_reason
-        assert finish_reason is not None
+        text = "".join(piece.text for piece in pieces)
         return ChatChoice(
             index=index,
-            message=AnswerMessage(content="".join(piece.text for piece in pieces)),
+            message=_message(self._readers[index].read(text, last=True)),
             logprobs=self._logprobs([token for piece in pieces for token in piece.tokens]),
-            finish_reason=finish_reason,
+            finish_reason=self._reason(index, pieces[-1]),
         )
 
     def _chunk(self, choices: list[ChunkChoice], usage: Usage | None = None) -> ChatChunk:
@@ -170,3 +248,32 @@ class ChatWording:
             logprob=finite(logprob),
             bytes=list(self._tokenizer.token_bytes(token)),
         )
+
+
+def _delta(part: MessagePart) -> Delta:
+    """A part of a message as a chunk says it."""
+    call = part.call
+    if call is None:
+        return Delta(content=part.content or None, reasoning_content=part.reasoning or None)
+    function = FunctionDelta(name=call.name, arguments=call.arguments)
+    more = ToolCallDelta(index=call.index, id=call.id, function=function)
+    if call.id is not None:
+        more.type = "function"
+    return Delta(tool_calls=[more])
+
+
+def _message(parts: Sequence[MessagePart]) -> AnswerMessage:
+    """All parts of a message as one."""
+    content = "".join(part.content for part in parts)
+    reasoning = "".join(part.reasoning for part in parts)
+    calls: list[ToolCallAnswer] = []
+    for call in (part.call for part in parts if part.call is not None):
+        if call.id is not None and call.name is not None:
+            function = CalledFunction(name=call.name, arguments="")
+            calls.append(ToolCallAnswer(id=call.id, function=function))
+        calls[call.index].function.arguments += call.arguments
+    return AnswerMessage(
+        content=content or ("" if not calls else None),
+        reasoning_content=reasoning or None,
+        tool_calls=calls or None,
+    )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from serving.grammars import answer_grammar
 from serving.openai import CompletionRequest
 from serving.openai_answers import (
     Completion,
@@ -20,6 +21,7 @@ from serving.openai_answers import (
 from serving.prepare import Job, Scores, build_job, check_body, check_length, check_tokens
 from serving.service import Service, Tokenizer
 from serving.text import Piece, PlacedToken, finite, token_name
+from serving.wishes import check_once, content_wish
 from sharding.batch import Choice
 from sharding.errors import PipelineError, RequestError
 
@@ -44,7 +46,11 @@ def prepare_completion(body: CompletionRequest, service: Service) -> tuple[Job, 
         if not ids:
             raise RequestError("prompt is empty; at least one token is needed", "prompt")
     scores = Scores(body.logprobs, body.logprobs if body.echo else None)
-    job = build_job("cmpl", body, service, prompts, scores)
+    content, param = content_wish(body)
+    grammar = answer_grammar(tokenizer, content, None, "none")
+    if grammar:
+        check_once(grammar, param)
+    job = build_job("cmpl", body, service, prompts, scores, grammar)
     if not body.echo:
         return job, CompletionWording(job, tokenizer)
     n = len(job.requests) // len(prompts)

@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 MOST_CHOICES = 8
 MOST_STOPS = 16
 MOST_BIAS = 100
+MOST_TOOLS = 512
 
 TokenId = Annotated[int, Field(ge=0)]
 # Lists are given up at their first fault: to word one for each of millions takes minutes.
@@ -45,7 +46,50 @@ class StreamOptions(_Request):
     include_usage: bool | None = None
 
 
-class GenerationRequest(_Request):
+JsonObject = dict[str, Any]
+
+
+class JsonSchema(_Request):
+    """A schema by name, as OpenAI wraps it. `strict` changes nothing: it is always kept to."""
+
+    name: str | None = None
+    description: str | None = None
+    schema_: JsonObject | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(_Request):
+    """What the answer's content shall be. `schema` beside `json_object` is llama.cpp's."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+    schema_: JsonObject | None = Field(None, alias="schema")
+
+
+class StructuredOutputs(_Request):
+    """The same as vLLM spells it: one of these. `grammar`: GBNF or Lark."""
+
+    json_: JsonObject | str | None = Field(None, alias="json")
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+
+
+class GuidedRequest(_Request):
+    """The fields that say what the answer's content shall be; one of them at most."""
+
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: JsonObject | str | None = Field(None, description="vLLM's older spelling.")
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    grammar: str | None = Field(None, description="GBNF as llama.cpp's, or Lark.")
+    json_schema: JsonObject | None = Field(None, description="A schema, as llama.cpp takes it.")
+
+
+class GenerationRequest(GuidedRequest):
     """The fields that chat and plain completions share."""
 
     model: str | None = Field(None, description="A served name; the one model when left out.")
@@ -104,13 +148,60 @@ class TextPart(_Request):
     text: str | None = None
 
 
+class CalledFunction(_Request):
+    """A function with its arguments: an object as JSON text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(_Request):
+    """A call that the assistant made."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class ChatMessage(_Request):
     """A message of the conversation. Only an assistant's content may be null."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
     name: str | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = None
+    reasoning_content: str | None = Field(None, description="What the assistant thought.")
+
+
+class Function(_Request):
+    """A function that may be called. `parameters`: the JSON schema of its arguments. `strict`:
+    refuse the request if that cannot be kept to."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
+    description: str | None = None
+    parameters: JsonObject | None = None
+    strict: bool | None = None
+
+
+class Tool(_Request):
+    """Only functions are supported."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(_Request):
+    """A function by its name."""
+
+    name: str
+
+
+class NamedTool(_Request):
+    """The one tool to call."""
+
+    type: Literal["function"]
+    function: FunctionName
 
 
 class ChatRequest(GenerationRequest):
@@ -123,6 +214,12 @@ class ChatRequest(GenerationRequest):
     logprobs: bool | None = None
     top_logprobs: Logprobs | None = Field(None, description="Needs logprobs.")
     add_generation_prompt: bool | None = None
+    tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = Field(None, description="False: one call at most.")
+    chat_template_kwargs: JsonObject | None = Field(
+        None, description="More for the chat template, such as enable_thinking."
+    )
 
 
 Prompt = (

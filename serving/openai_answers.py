@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, model_serializer
+from pydantic import BaseModel, Field
+
+
+def _is_none(value: object) -> bool:
+    return value is None
 
 
 class PromptDetails(BaseModel):
@@ -43,15 +47,32 @@ class ChatLogprobs(BaseModel):
     refusal: None = None
 
 
+class CalledFunction(BaseModel):
+    """A function, and its arguments as JSON text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(BaseModel):
+    """A call of a tool."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class AnswerMessage(BaseModel):
-    """The model's message."""
+    """The model's message; what it does not hold is left out, but for its content."""
 
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
     refusal: None = None
+    reasoning_content: str | None = Field(default=None, exclude_if=_is_none)
+    tool_calls: list[ToolCall] | None = Field(default=None, exclude_if=_is_none)
 
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class ChatChoice(BaseModel):
@@ -80,17 +101,30 @@ class ChatCompletion(_Answer):
     usage: Usage
 
 
+class FunctionDelta(BaseModel):
+    """What a chunk adds to a called function: its name, or more of its arguments."""
+
+    name: str | None = Field(default=None, exclude_if=_is_none)
+    arguments: str
+
+
+class ToolCallDelta(BaseModel):
+    """What a chunk adds to call number `index`; the first one has its id."""
+
+    index: int
+    id: str | None = Field(default=None, exclude_if=_is_none)
+    type: Literal["function"] | None = Field(default=None, exclude_if=_is_none)
+    function: FunctionDelta
+
+
 class Delta(BaseModel):
-    """What a chunk adds to a message; fields that it does not add are left out."""
+    """What a chunk adds to a message. Fields that it does not add are left out: clients that merge
+    deltas would take a null for a value."""
 
-    role: Literal["assistant"] | None = None
-    content: str | None = None
-
-    @model_serializer
-    def only_what_is_added(self) -> dict[str, str]:
-        """Clients that merge deltas would take a null for a value."""
-        fields = {"role": self.role, "content": self.content}
-        return {name: value for name, value in fields.items() if value is not None}
+    role: Literal["assistant"] | None = Field(default=None, exclude_if=_is_none)
+    content: str | None = Field(default=None, exclude_if=_is_none)
+    reasoning_content: str | None = Field(default=None, exclude_if=_is_none)
+    tool_calls: list[ToolCallDelta] | None = Field(default=None, exclude_if=_is_none)
 
 
 class ChunkChoice(BaseModel):

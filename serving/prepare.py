@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import msgspec
 
 from actors.request import GenerateRequest
+from serving.message import AnswerForm
 from serving.openai import Extra, GenerationRequest
 from serving.service import ServedModel, Service, Tokenizer
 from sharding.batch import SamplingParams
@@ -32,7 +33,7 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "audio": _OFF,
     "bad_words": _OFF,
     "chat_template": _OFF,
-    "chat_template_kwargs": _OFF,
+    "chat_template_kwargs": _OFF,  # here and below: plain completions have no conversation
     "continue_final_message": _OFF,
     "documents": _OFF,
     "dry_multiplier": (None, 0),
@@ -40,13 +41,7 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "echo": (None, False),
     "function_call": (*_OFF, "none", "auto"),
     "functions": _OFF,
-    "grammar": _OFF,
-    "guided_choice": _OFF,
-    "guided_grammar": _OFF,
-    "guided_json": _OFF,
-    "guided_regex": _OFF,
     "include_stop_str_in_output": _OFF,
-    "json_schema": _OFF,
     "length_penalty": (None, 1),
     "logits_processors": _OFF,
     "lora": _OFF,
@@ -59,12 +54,10 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "prompt_logprobs": (None,),
     "reasoning_effort": (None, "none"),
     "repeat_last_n": (None, -1),
-    "response_format": (*_OFF, {"type": "text"}),
     "return_token_ids": _OFF,
     "return_token_strs": _OFF,
     "return_tokens_as_token_ids": _OFF,
     "samplers": _OFF,
-    "structured_outputs": _OFF,
     "suffix": _OFF,
     "tool_choice": (*_OFF, "none", "auto"),
     "tools": _OFF,
@@ -84,7 +77,8 @@ class Job:
     """One HTTP request for answers, ready for the engine.
 
     `requests`: one for each answer, all `choices` of the first prompt first. `skip`: leave special
-    tokens out of the text. `prompt_tokens`: of all prompts, each counted once.
+    tokens out of the text, but not those `shown`. `prompt_tokens`: of all prompts, each counted
+    once. `form`: what an answer's text may hold.
     """
 
     id: str
@@ -97,6 +91,8 @@ class Job:
     include_usage: bool
     prompt_tokens: int
     return_progress: bool = False
+    form: AnswerForm = AnswerForm()
+    shown: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -173,9 +169,15 @@ def check_length(text: str, service: Service) -> None:
 
 
 def build_job(
-    kind: str, body: GenerationRequest, service: Service, prompts: list[list[int]], scores: Scores
+    kind: str,
+    body: GenerationRequest,
+    service: Service,
+    prompts: list[list[int]],
+    scores: Scores,
+    grammar: str = "",
 ) -> Job:
-    """The engine's requests for `prompts`. `kind` begins the answer's id.
+    """The engine's requests for `prompts`. `kind` begins the answer's id; `grammar`: what answers
+    must follow.
 
     Raises `RequestError` for too many answers and `ContextLengthError` where a prompt and its
     answer exceed the context.
@@ -198,6 +200,7 @@ def build_job(
                     prompt_logprobs=scores.prompt,
                     cached=body.cache_prompt is not False,
                     cache_salt=body.cache_salt or "",
+                    grammar=grammar,
                 )
             )
     return Job(

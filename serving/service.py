@@ -6,7 +6,7 @@ here imports Ray, so the whole HTTP layer runs in a test's own process.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -93,7 +93,9 @@ class Tokenizer(Protocol):
 
     def token_text(self, token: int, /) -> str: ...
 
-    def incremental(self, *, skip_special: bool = True, continues: bool = False) -> Decoder: ...
+    def incremental(
+        self, *, skip_special: bool = True, continues: bool = False, shown: Collection[int] = ()
+    ) -> Decoder: ...
 
 
 @dataclass

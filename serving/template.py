@@ -12,6 +12,7 @@ from datetime import datetime
 from jinja2 import Template, TemplateError
 
 from serving.allowance import Allowance, rendering
+from serving.message import THINK, THOUGHT, Thinking
 from serving.sandbox import Sandbox
 from serving.service import Tokenizer
 from sharding.errors import RequestError
@@ -63,22 +64,48 @@ class ChatTemplate:
         }
         self._template: Template | None = None
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        """The prompt's text. Raises `RequestError` with the template's own words if it refuses the
-        messages, breaks or exceeds its limits."""
+    @property
+    def source(self) -> str:
+        """Its text, which tells what the model was trained for."""
+        return self._source
+
+    def thinking_after(self, prompt: str) -> Thinking:
+        """Whether an answer to a prompt that it made may begin with thinking."""
+        if THOUGHT not in self._source:
+            return "none"
+        end = prompt.rstrip()
+        if end.endswith(THINK):
+            return "open"
+        return "none" if end.endswith(THOUGHT) else "maybe"
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, object]] | None = None,
+        more: Mapping[str, object] | None = None,
+    ) -> str:
+        """The prompt's text. `tools` as OpenAI's; `more`: what a client gives the template besides.
+        Raises `RequestError` with the template's own words if it refuses the messages, breaks or
+        exceeds its limits."""
+        given: dict[str, object] = {
+            **(more or {}),
+            "messages": [self._known_role(each) for each in messages],
+            "tools": tools,
+            "add_generation_prompt": add_generation_prompt,
+            **self._tokens,
+        }
         try:
-            return self._render(
-                [self._known_role(each) for each in messages], add_generation_prompt
-            )
+            return self._render(given)
         except TemplateError as error:
             reason = error.message or type(error).__name__
         except _CRASHES as error:
             reason = f"{type(error).__name__}: {error}"
         raise RequestError(f"the model's chat template failed: {reason:.1000}", "messages")
 
-    def _render(self, messages: list[Message], add_generation_prompt: bool) -> str:
+    def _render(self, given: Mapping[str, object]) -> str:
         template = self._compiled()
-        size = sum(len(str(message.get("content", ""))) for message in messages)
+        size = _chars(given)
         allowance = Allowance(
             max(_LEAST_VALUE_BYTES, _VALUE_FACTOR * size),
             max(_LEAST_MEMORY_BYTES, _MEMORY_FACTOR * size),
@@ -86,12 +113,7 @@ class ChatTemplate:
         )
         pieces, left = list[str](), max(_LEAST_OUTPUT_CHARS, _OUTPUT_FACTOR * size)
         with rendering(allowance):
-            for piece in template.generate(
-                messages=messages,
-                tools=None,
-                add_generation_prompt=add_generation_prompt,
-                **self._tokens,
-            ):
+            for piece in template.generate(given):
                 pieces.append(piece)
                 left -= len(piece)
                 if left < 0:
@@ -114,6 +136,20 @@ class ChatTemplate:
         if len(form) > 256:
             raise TemplateError("its date format is longer than 256 characters")
         return self._now().strftime(form)
+
+
+def _chars(value: object) -> int:
+    """Characters of all texts in it."""
+    total, todo = 0, [value]
+    while todo:
+        item = todo.pop()
+        if isinstance(item, Mapping):
+            todo += [*item, *item.values()]
+        elif isinstance(item, list):
+            todo += item
+        elif isinstance(item, str):
+            total += len(item)
+    return total
 
 
 def special_text(tokenizer: Tokenizer, token: int | None) -> str:

@@ -8,7 +8,7 @@ formats, and the end of the engine's request (`answers.py` cancels it).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from actors.request import LENGTH, Event
@@ -105,13 +105,18 @@ class AnswerText:
     """The text of one answer, fed with the engine's events."""
 
     def __init__(
-        self, tokenizer: Tokenizer, sampling: SamplingParams, stops: Sequence[str], skip: bool
+        self,
+        tokenizer: Tokenizer,
+        sampling: SamplingParams,
+        stops: Sequence[str],
+        skip: bool,
+        shown: Collection[int] = (),
     ) -> None:
-        """`skip`: leave special tokens out of the text."""
+        """`skip`: leave special tokens out of the text, all but those `shown`."""
         self.drawn = 0
         self.cached_tokens = 0
         self.finish_reason: FinishReason | None = None
-        self._decoder = tokenizer.incremental(skip_special=skip, continues=True)
+        self._decoder = tokenizer.incremental(skip_special=skip, continues=True, shown=shown)
         self._sampling, self._stop_ids = sampling, frozenset(sampling.stop_ids)
         self._matcher = StopMatcher(stops)
         self._pending = ""  # decoded, not yet handed out

@@ -21,7 +21,7 @@ Format: the GGUF specification's `[tokenizer]` section.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -148,27 +148,35 @@ class Tokenizer:
         return "".join([decoder.push(token_id) for token_id in ids]) + decoder.finish()
 
     def incremental(
-        self, *, skip_special: bool = True, continues: bool = False
+        self,
+        *,
+        skip_special: bool = True,
+        continues: bool = False,
+        shown: Collection[int] = (),
     ) -> IncrementalDecoder:
-        """A decoder for tokens that arrive one by one; an answer `continues` its prompt's text."""
-        return IncrementalDecoder(self, self._vocab, not skip_special, not continues)
+        """A decoder for tokens that arrive one by one; an answer `continues` its prompt's text.
+        `shown`: special tokens that are not skipped."""
+        shown = range(self.vocab_size) if not skip_special else shown
+        return IncrementalDecoder(self, self._vocab, shown, not continues)
 
 
 class IncrementalDecoder:
     """Text as its tokens arrive. A UTF-8 character is never split; what was pushed, joined with
     `finish()`, equals `Tokenizer.decode` of all the ids. State: up to 3 bytes."""
 
-    def __init__(self, tokenizer: Tokenizer, vocab: _Vocab, special: bool, start: bool) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, vocab: _Vocab, shown: Collection[int], start: bool
+    ) -> None:
         self._tokenizer = tokenizer
         self._kinds = vocab.kinds
-        self._special = special
+        self._shown = shown
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._at_start = start and vocab.add_space_prefix
 
     def push(self, token_id: int) -> str:
         """The text that this token completes, possibly empty. Invalid bytes become U+FFFD as soon
         as they are known to be invalid. Raises `RequestError` for an id outside the vocabulary."""
-        piece = self._tokenizer.token_bytes(token_id, special=self._special)
+        piece = self._tokenizer.token_bytes(token_id, special=token_id in self._shown)
         if self._at_start and self._kinds[token_id] not in (_UNKNOWN, _CONTROL):
             self._at_start = False
             if self._kinds[token_id] == _NORMAL:  # the space that `encode` put before the text

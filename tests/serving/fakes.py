@@ -8,7 +8,14 @@ from __future__ import annotations
 import asyncio
 import codecs
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Iterable,
+    MutableMapping,
+)
 from typing import Any
 
 import httpx
@@ -66,20 +73,22 @@ class ByteTokenizer:
     def token_text(self, token: int) -> str:
         return self.token_bytes(token).decode("latin-1")
 
-    def incremental(self, *, skip_special: bool = True, continues: bool = False) -> ByteDecoder:
-        return ByteDecoder(self, skip_special)
+    def incremental(
+        self, *, skip_special: bool = True, continues: bool = False, shown: Collection[int] = ()
+    ) -> ByteDecoder:
+        return ByteDecoder(self, shown if skip_special else range(self.vocab_size))
 
 
 class ByteDecoder:
     """Whole characters only."""
 
-    def __init__(self, tokenizer: ByteTokenizer, skip_special: bool) -> None:
+    def __init__(self, tokenizer: ByteTokenizer, shown: Collection[int]) -> None:
         self._tokenizer = tokenizer
-        self._special = not skip_special
+        self._shown = shown
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
-        return self._utf8.decode(self._tokenizer.token_bytes(token, special=self._special))
+        return self._utf8.decode(self._tokenizer.token_bytes(token, special=token in self._shown))
 
     def finish(self) -> str:
         return self._utf8.decode(b"", final=True)

@@ -102,7 +102,9 @@ def test_the_template_makes_the_prompt() -> None:
         {"role": "tool", "content": "42", "tool_call_id": "x"},
     ]
     assert world.chat(messages=messages).status_code == 200
-    assert prompt_of(world) == "<s>system:be kind;user:a\nb;assistant:;tool:42;>"
+    assert prompt_of(world) == (
+        "<s>system:be kind;user:a\nb;assistant:;user:<tool_response>\n42\n</tool_response>;>"
+    )
 
 
 def test_the_generation_prompt_can_be_left_out() -> None:
