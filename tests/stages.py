@@ -9,10 +9,12 @@ from itertools import count, pairwise
 import torch
 
 from actors.engine import Engine
+from actors.grammar import Grammars
 from actors.local import LocalStages
 from actors.request import Event, GenerateRequest
 from sharding.batch import Batch, Opened, SamplingParams, Segment
 from sharding.gguf.reader import GGUFFile
+from sharding.gguf.tokenizer import Tokenizer
 from sharding.model.arch import read_shape
 from sharding.model.rotation import Stretch
 from sharding.model_plan import Wanted, plan_model
@@ -85,10 +87,15 @@ def local_engine(
     """A started engine over stages of this process."""
     devices = [Device(f"part {number}", 1 << 40) for number in range(stages)]
     planned = plan_model(file, devices, Wanted(context, kv, chunk=chunk))
-    engine = Engine(LocalStages(file, planned))
+    engine = Engine(LocalStages(file, planned), Grammars(lambda: tokenizer_of(file)))
     engine.start()
     engine.wait_ready()
     return engine
+
+
+def tokenizer_of(file: GGUFFile) -> Tokenizer:
+    """The tokenizer that a file describes."""
+    return Tokenizer.from_metadata(file.metadata)
 
 
 def tokens_of(events: Sequence[Event]) -> list[int]:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.engine import Engine
+from actors.grammar import Constraint
 from actors.pipeline import LocalPipeline
 from actors.request import Event, GenerateRequest
 from actors.running import MOST_REPLAYS
@@ -26,21 +27,38 @@ from tests.stages import GREEDY, generate, local_engine, tokens_of, wait_until
 from tests.tiny_gguf import tiny_model
 
 
-def expected(prompt: list[int], count: int) -> list[int]:
+def expected(prompt: list[int], count: int, forcing: bool = False) -> list[int]:
     """What `Memory` draws after a prompt."""
     history = list(prompt)
-    for _ in range(count):
+    while len(history) < len(prompt) + count:
         history.append(draw(history))
-    return history[len(prompt) :]
+        history += following(history[-1]) if forcing else []
+    return history[len(prompt) : len(prompt) + count]
 
 
-@settings(max_examples=150)
+def following(token: int) -> list[int]:
+    """What can only follow a token, in the texts of `Forcing`."""
+    return list(range(token, token + token % 7))
+
+
+class Forcing(Constraint):
+    """A grammar's, without one: any token may be drawn, and some have others follow them."""
+
+    def __init__(self) -> None:
+        self.allowed, self.complete, self.error = b"", False, None
+
+    def take(self, token: int, most: int) -> list[int]:
+        return following(token)[:most]
+
+
+@settings(max_examples=150, deadline=None)
 @given(
     asked=st.lists(
         st.tuples(
             st.lists(st.integers(0, 2), min_size=1, max_size=6),
             st.integers(0, 17),
             st.integers(1, 30),
+            st.booleans(),
         ),
         min_size=1,
         max_size=10,
@@ -52,15 +70,16 @@ def expected(prompt: list[int], count: int) -> list[int]:
     breaks=st.sets(st.integers(0, 60), max_size=6),
 )
 def test_every_request_says_what_it_would_have_said(
-    asked: list[tuple[list[int], int, int]],
+    asked: list[tuple[list[int], int, int, bool]],
     in_flight: int,
     pages: int,
     chunk: int,
     window: int,
     breaks: set[int],
 ) -> None:
-    """Over pipelines that break at any time, with shared pages, windows and too little memory; but
-    for those that were at work each time too often."""
+    """Over pipelines that break at any time, with shared pages, windows and too little memory, and
+    whether or not some tokens follow others undrawn; but for those that were at work each time too
+    often."""
     ring = -(-(window + chunk - 1) // PAGE_SLOTS) if window else 0
     window_pages = ring + pages // 4 if ring else 0
     limits = Limits(
@@ -76,14 +95,17 @@ def test_every_request_says_what_it_would_have_said(
     losses: dict[int, int] = {}
     for turn in range(1500):
         if waiting and turn % 3 != 2:
-            number, (kinds, more, tokens) = waiting.popleft()
+            number, (kinds, more, tokens, forcing) = waiting.popleft()
             prompt = [kind * 100 + at for kind in kinds for at in range(PAGE_SLOTS)] + [9] * more
             prompts[number], texts[number], heard[number] = prompt, list(prompt), []
             scheduler.submit(
-                GenerateRequest(str(number), prompt, tokens), listener(heard[number], texts[number])
+                GenerateRequest(str(number), prompt, tokens),
+                listener(heard[number], texts[number]),
+                constraint=Forcing() if forcing else None,
             )
         while len(flying) < in_flight and (batch := scheduler.next_step()) is not None:
             flying.append(batch)
+            assert batch.n_tokens <= chunk
         scheduler.check_integrity()
         if turn in breaks:
             for number in {at.request for batch in flying for at in batch.segments}:
@@ -99,7 +121,7 @@ def test_every_request_says_what_it_would_have_said(
         said = texts[number][len(prompts[number]) :]
         assert events[-1].last
         if losses.get(number, 0) <= MOST_REPLAYS:
-            assert said == expected(prompts[number], asked[number - 1][2])
+            assert said == expected(prompts[number], *asked[number - 1][2:])
         done = [event.prompt_done for event in events if event.error is None]
         assert done == sorted(done), "progress never goes back"
 
