@@ -1,4 +1,4 @@
-"""The `longspan` command: fetch, plan, generate, serve, bench.
+"""The `longspan` command: fetch, plan, generate, serve, bench, dashboard.
 
 Results go to stdout, everything else to stderr. Exit status: 0 done, 1 a failure, 2 wrong usage.
 Torch and Ray are imported by the commands that need them, so that `plan` and `--help` answer at
@@ -11,15 +11,19 @@ import json
 import logging
 import math
 import sys
+from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import typer
 from rich.console import Console
 
 from actors.scheduler import LEAST_CHUNK
+from serving.alerts import rules_text
 from serving.config import MOST_CHUNK, MOST_ROPE_SCALE, load_config, stretch_of
+from serving.dashboard import dashboard as build_dashboard
 from serving.fetch import MODELS, resolve_model
 from serving.fetch import fetch as fetch_model
 from serving.show import bench_heading, bench_line, plan_record, plan_table
@@ -262,6 +266,46 @@ def bench(
         bencher = Bencher(local.pipeline, local.vocab, local.limits)
         for case in cases:
             typer.echo(bench_line(bencher.run(case, runs), local, as_json))
+
+
+@app.command()
+def dashboard(
+    grafana: Annotated[
+        str | None, typer.Option(help="Grafana to put it into, as in http://127.0.0.1:3000.")
+    ] = None,
+    token_file: Annotated[
+        Path | None, typer.Option(help="File with the token; else $LONGSPAN_GRAFANA_TOKEN.")
+    ] = None,
+    datasource: Annotated[
+        str | None, typer.Option(help="Uid of the Prometheus to read; Grafana's default one.")
+    ] = None,
+    folder: Annotated[
+        str | None, typer.Option(help="Title of the folder that holds it; Longspan by default.")
+    ] = None,
+    alerts: Annotated[
+        bool, typer.Option("--alerts", help="Print Prometheus's alert rules.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Put a dashboard over /metrics into a Grafana, or print it (--json) for import."""
+    if (grafana is not None) + alerts + (as_json and grafana is None) != 1:
+        raise ConfigError(
+            "give one of --grafana URL, --json, which prints the dashboard, and --alerts, which "
+            "prints rules"
+        )
+    if grafana is None:
+        if token_file or folder or (alerts and datasource):
+            raise ConfigError(
+                "--token-file and --folder are for --grafana, --datasource is for the dashboard"
+            )
+        typer.echo(rules_text() if alerts else json.dumps(build_dashboard(datasource)))
+        return
+    from serving.grafana import Grafana, publish, read_token
+
+    with closing(Grafana(grafana, read_token(token_file))) as opened:
+        done = publish(opened, datasource, "Longspan" if folder is None else folder)
+    typer.echo(json.dumps(msgspec.to_builtins(done)) if as_json else done.url)
+    _say(f"version {done.version}, reading from the data source {done.datasource}")
 
 
 def _known_kernels(name: str) -> str:

@@ -65,6 +65,7 @@ TABLE: dict[type[errors.LongspanError], Row] = {
     errors.UnknownModelError: Row(404, "invalid_request_error", "model_not_found"),
     errors.BusyError: Row(429, "rate_limit_error", "server_busy", retry_after_s=1),
     errors.UnavailableError: Row(503, "service_unavailable_error", "unavailable", retry_after_s=2),
+    errors.GrafanaError: _BROKEN,
     errors.PipelineError: _REPAIRING,
     errors.PeerLostError: _REPAIRING,
     errors.ProtocolError: _REPAIRING,

@@ -12,6 +12,7 @@
     │   └── UnknownModelError       no such model is served
     ├── BusyError                   too many requests wait; try again later
     ├── UnavailableError            loading or repairing; try again later
+    ├── GrafanaError                Grafana does not answer, or refuses
     └── PipelineError               the pipeline broke while it worked
         ├── PeerLostError           the other end of a stage edge is gone
         ├── ProtocolError           bytes on a stage edge that no peer of ours would send
@@ -20,9 +21,9 @@
         └── RepeatedLossError       it broke each time that it worked on one request
 
 A message carries the numbers and the remedy. Foreign exceptions are translated where they enter
-(Ray's in `stage_actor` and `placement`, sockets' in `transport`); `serving/errors.py` maps this
-tree to HTTP. Exceptions here survive pickling: each passes every constructor argument to
-`Exception.__init__`.
+(Ray's in `stage_actor` and `placement`, sockets' in `transport`, Grafana's in `grafana`);
+`serving/errors.py` maps this tree to HTTP. Exceptions here survive pickling: each passes every
+constructor argument to `Exception.__init__`.
 """
 
 
@@ -97,6 +98,17 @@ class UnavailableError(LongspanError):
     def __init__(self, message: str, retry_after_s: int = 2) -> None:
         super().__init__(message, retry_after_s)
         self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class GrafanaError(LongspanError):
+    """Grafana does not answer, or refuses. `status`: HTTP's; 0 if there was no proper answer."""
+
+    def __init__(self, message: str, status: int = 0) -> None:
+        super().__init__(message, status)
+        self.status = status
 
     def __str__(self) -> str:
         return str(self.args[0])

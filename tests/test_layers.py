@@ -33,6 +33,7 @@ HOMES = {
         "serving.metrics",
     ),
     "prometheus_client": ("serving.metrics",),
+    **dict.fromkeys(("grafana_api", "requests"), ("serving.grafana",)),
     "triton": ("sharding.kernels.triton*",),
     "fastapi": tuple(f"serving.{name}" for name in HTTP),
     "starlette": tuple(f"serving.{name}" for name in HTTP),

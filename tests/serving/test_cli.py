@@ -85,13 +85,14 @@ def test_a_plan_refuses_a_model_that_could_not_be_served(tmp_path: Path) -> None
     assert done.stdout == ""
 
 
-def test_planning_loads_neither_torch_nor_ray(model: Path) -> None:
+def test_planning_loads_neither_torch_nor_ray_nor_clients(model: Path) -> None:
     """`longspan plan` must answer at once."""
     code = (
         "import sys; from serving.cli import app\n"
         f"app(['plan', {str(model)!r}, '--context', '64', '--device', '1GiB'],"
         " standalone_mode=False)\n"
-        "sys.exit(any(name in sys.modules for name in ('torch', 'ray', 'fastapi')))"
+        "heavy = ('torch', 'ray', 'fastapi', 'requests', 'grafana_api')\n"
+        "sys.exit(any(name in sys.modules for name in heavy))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
