@@ -153,14 +153,14 @@ class Grafana:
         except GrafanaException as error:
             said = _one_line(error.response)
             remedy = _REMEDIES.get(error.status_code, "its log says more")
-            message = f"{where} answers {method} {path} with {error.status_code} ({said}): {remedy}"
-            raise GrafanaError(message, error.status_code) from error
+            refusal = f"{where} answers {method} /api{path} with {error.status_code} ({said})"
+            raise GrafanaError(f"{refusal}: {remedy}", error.status_code) from error
         except exceptions.RequestException as error:
             why = next(words for kind, words in _NO_ANSWER if isinstance(error, kind))
             raise GrafanaError(f"{where} does not answer: {why}") from error
         # TypeError: the library looks for a message in an error's body, of whatever type that is.
         except (msgspec.ValidationError, TypeError) as error:
-            message = f"what answers at {self.url} is no Grafana: {path} has another form"
+            message = f"what answers at {self.url} is no Grafana: /api{path} has another form"
             raise GrafanaError(message) from error
 
 

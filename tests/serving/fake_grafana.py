@@ -125,6 +125,8 @@ class FakeGrafana:
 
 def _handler(grafana: FakeGrafana) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"  # keeps connections, as Grafana does
+
         def do_GET(self) -> None:
             size = int(self.headers.get("Content-Length") or 0)
             body = json.loads(self.rfile.read(size)) if size else None
