@@ -26,6 +26,9 @@ MOST_FORCED = 32
 """Tokens that follow another without being drawn. The same for any chunk: it may change an answer
 how its text is cut into tokens."""
 
+_MOST_AHEAD = 1000  # tokens that can only follow, before looking for them costs too much
+_CALM = '%llguidance {"no_forcing": true}\n'
+
 _KEPT = 64  # grammars that are not read again
 _MOST_ERROR_CHARS = 400
 
@@ -42,8 +45,17 @@ class Constraint:
     nothing more can. `error`: why the grammar cannot be followed any further.
     """
 
-    def __init__(self, matcher: llguidance.LLMatcher) -> None:
-        self._matcher = matcher
+    def __init__(
+        self,
+        matcher: llguidance.LLMatcher,
+        calm: Callable[[], llguidance.LLMatcher],
+        drawn: Sequence[int] = (),
+    ) -> None:
+        """`matcher` is at its beginning, `drawn` is what it goes on behind; `calm` makes one of the
+        same grammar that does not look ahead."""
+        self._matcher, self._calm = matcher, calm
+        self._said = list(drawn)
+        self._matcher.consume_tokens(self._said)
         self.allowed = b""
         self.complete = False
         self.error: str | None = None
@@ -57,12 +69,24 @@ class Constraint:
         makes of it. To draw them one by one would take a step each.
         """
         self._matcher.consume_token(token)
+        self._said.append(token)
         forced: list[int] = []
-        if most > 0 and not self._matcher.is_stopped():
-            forced = self._matcher.compute_ff_tokens()[: min(most, MOST_FORCED)]
+        if not self._matcher.is_stopped():
+            forced = self._matcher.compute_ff_tokens()
+            if len(forced) > _MOST_AHEAD:
+                self._look_no_further()
+                forced = []
+            forced = forced[: max(0, min(most, MOST_FORCED))]
             forced = forced[: self._matcher.try_consume_tokens(forced)]
+            self._said += forced
         self._look()
         return forced
+
+    def _look_no_further(self) -> None:
+        """A text without any choice is found anew at each step: one of 100,000 characters would
+        take a third of a second each time, and others' requests wait for that."""
+        self._matcher = self._calm()
+        self._matcher.consume_tokens(self._said)
 
     def _look(self) -> None:
         if not self._matcher.is_stopped():
@@ -102,8 +126,7 @@ class Grammars:
             if len(self._read) > _KEPT:
                 self._read.popitem(last=False)
             matcher = known.deep_copy()
-        matcher.consume_tokens(list(drawn))
-        constraint = Constraint(matcher)
+        constraint = Constraint(matcher, lambda: self._matcher(calmed(grammar)), drawn)
         if constraint.error is not None:
             raise RequestError(constraint.error)
         return constraint
@@ -125,6 +148,12 @@ def check_grammar(grammar: str, param: str | None = None, *, read: bool = True) 
         raise RequestError(message, param)
     if read and (error := llguidance.LLMatcher.validate_grammar(grammar, limits=_LIMITS)):
         raise RequestError(f"the grammar cannot be used: {_brief(error)}", param)
+
+
+def calmed(grammar: str) -> str:
+    """The same grammar, of which no tokens are found that can only follow. Only so are strangers'
+    grammars bounded: of `/x+/ /x+/` llguidance looks for the end of x for ever."""
+    return grammar if grammar.startswith("{") else _CALM + grammar
 
 
 def from_gbnf(grammar: str) -> str:

@@ -18,6 +18,7 @@ from actors.grammar import (
     MOST_GRAMMAR_BYTES,
     Constraint,
     Grammars,
+    calmed,
     check_grammar,
     from_gbnf,
 )
@@ -109,6 +110,28 @@ def test_no_more_follow_than_are_asked_for() -> None:
         constraint = Grammars(lambda: BPE).compile(grammar)
         forced = constraint.take(BPE.encode("a", add_special=False)[0], most)
         assert len(forced) == min(most, MOST_FORCED)
+
+
+def test_a_long_text_without_a_choice_is_not_looked_for_at_each_step() -> None:
+    """It is still what is said, token for token."""
+    text = "the theory " * 2000
+    constraint = Grammars(lambda: BPE).compile(f"start: {json.dumps('x' + text)}")
+    (letter,) = BPE.encode("x", add_special=False)
+    assert constraint.take(letter, 100) == [] and constraint.error is None
+    said = [letter]
+    for _ in range(40):
+        said.append(allowed(constraint)[0])
+        assert constraint.take(said[-1], 100) == [] and not constraint.complete
+    assert ("x" + text).startswith(BPE.decode(said))
+
+
+def test_a_grammar_with_an_endless_text_does_not_end_the_engine() -> None:
+    grammar = calmed('start: "a" /x+/ /x+/')
+    constraint = Grammars(lambda: BPE).compile(grammar)
+    (a,), (x,) = BPE.encode("a", add_special=False), BPE.encode("x", add_special=False)
+    for token in (a, x, x, x):
+        assert constraint.take(token, 100) == []
+        assert x in allowed(constraint)
 
 
 def test_an_answer_may_end_where_it_is_whole_and_not_before() -> None:
