@@ -92,7 +92,7 @@ def _prompt_text(
     if form is None:
         messages, given = with_tools_told(messages, given), []
     elif form.in_system and given:
-        messages = with_tools_in_system(messages, given)
+        messages, given = with_tools_in_system(messages, given), []
     begin = body.add_generation_prompt is not False
     text = template.render(messages, begin, given or None, body.chat_template_kwargs)
     check_length(text, service)

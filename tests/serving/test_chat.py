@@ -139,7 +139,10 @@ def test_a_template_s_refusal_is_a_400_in_its_own_words() -> None:
             {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
             "messages[0].content[0].type",
         ),
-        ({"role": "assistant", "content": "", "tool_calls": [{}]}, "messages[0].tool_calls"),
+        (
+            {"role": "assistant", "content": "", "tool_calls": [{}]},
+            "messages[0].tool_calls[0].function",
+        ),
     ],
 )
 def test_a_message_at_fault_is_named(message: dict[str, object], param: str) -> None:
