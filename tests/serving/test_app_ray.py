@@ -14,7 +14,8 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from openai.types.chat import ChatCompletionMessageParam
+from openai.types.chat import ChatCompletionFunctionToolParam, ChatCompletionMessageParam
+from pydantic import BaseModel
 
 from actors.request import GenerateRequest
 from actors.stats import EngineStats
@@ -97,6 +98,36 @@ def test_metrics_tell_of_both_stages_and_of_what_was_asked(served: Served) -> No
     assert float(lines["longspan_generated_tokens_total"]) >= 8
     assert float(lines['longspan_stage_busy_seconds_total{stage="1"}']) > 0
     assert 'layers="18-29"' in page
+
+
+def test_an_answer_of_a_form_and_a_call_of_a_tool(client: openai.OpenAI, served: Served) -> None:
+    class Capital(BaseModel):
+        country: str
+        city: str
+        inhabitants: int
+
+    parsed = client.chat.completions.parse(
+        model=served.model, messages=QUESTION, response_format=Capital, temperature=0
+    )
+    capital = parsed.choices[0].message.parsed
+    assert capital is not None and capital.city == "Paris"
+    city: dict[str, object] = {"city": {"type": "string"}}
+    schema: dict[str, object] = {"type": "object", "properties": city, "required": ["city"]}
+    tool: ChatCompletionFunctionToolParam = {
+        "type": "function",
+        "function": {"name": "get_weather", "description": "Of a city.", "parameters": schema},
+    }
+    answer = client.chat.completions.create(
+        model=served.model,
+        messages=[{"role": "user", "content": "What is the weather in Paris?"}],
+        tools=[tool],
+        tool_choice={"type": "function", "function": {"name": "get_weather"}},
+        temperature=0,
+    )
+    (call,) = answer.choices[0].message.tool_calls or []
+    assert call.type == "function" and call.function.name == "get_weather"
+    assert json.loads(call.function.arguments) == {"city": "Paris"}
+    assert answer.choices[0].finish_reason == "tool_calls"
 
 
 def test_sixteen_streams_at_once_get_what_each_gets_alone(served: Served) -> None:
@@ -245,13 +276,21 @@ def sse_lines(response: httpx.Response) -> Iterator[str]:
     return (line.removeprefix("data: ") for line in lines)
 
 
-@pytest.mark.parametrize("who", ["first stage", "last stage", "engine"])
-def test_a_killed_process_costs_its_users_nothing_but_time(served: Served, who: str) -> None:
-    """Their streams fall silent and go on, to the last token as if nothing had been."""
+WORDS = {"guided_regex": "([a-z]{2,9}, ){100}"}
+
+
+@pytest.mark.parametrize(
+    ("who", "form"), [("first stage", {}), ("last stage", WORDS), ("engine", WORDS)]
+)
+def test_a_killed_process_costs_its_users_nothing_but_time(
+    served: Served, who: str, form: dict[str, str]
+) -> None:
+    """Their streams fall silent and go on, to the last token as if nothing had been, whether or not
+    they must keep to a form."""
     engine, stages = served.deployment.pids()
     pid = {"first stage": stages[0], "last stage": stages[1], "engine": engine}[who]
     body = {"model": served.model, "prompt": "Tell me", "max_tokens": 150, "seed": 3}
-    body |= {"ignore_eos": True, "repetition_penalty": 1.1}
+    body |= {"ignore_eos": True, "repetition_penalty": 1.1, **form}
     whole = httpx.post(served.url + "/v1/completions", json=body, timeout=60).json()
     with (
         httpx.Client(timeout=60) as http,
