@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from actors.grammar import from_gbnf
+from actors.grammar import calmed, from_gbnf
 from serving.service import Tokenizer
 from serving.tool_formats import ToolFormat
 
@@ -115,7 +115,7 @@ def answer_grammar(
     if not own:
         return text
     nested = [
-        {"name": "answer", "lark_grammar": text},
+        {"name": "answer", "lark_grammar": calmed(text)},
         {"name": "content", "lark_grammar": content},
     ]
     return _dumped({"grammars": nested})

@@ -143,6 +143,14 @@ def test_the_openai_client_parses_what_it_asked_for(world: GuidedWorld) -> None:
     asyncio.run(world.with_openai(play))
 
 
+@pytest.mark.timeout(60)
+def test_a_grammar_that_never_ends_ends_with_its_tokens(world: GuidedWorld) -> None:
+    """Nothing but x can follow, for ever: who looks where that ends does not come back."""
+    choice = world.chat(grammar='start: "a" /x+/ /x+/', max_tokens=9).json()["choices"][0]
+    assert re.fullmatch("ax{8,}", choice["message"]["content"])
+    assert choice["finish_reason"] == "length"
+
+
 def test_a_cut_answer_says_so(world: GuidedWorld) -> None:
     choice = world.chat(json_schema=SCHEMA, max_tokens=3).json()["choices"][0]
     assert choice["finish_reason"] == "length"
