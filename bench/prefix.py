@@ -20,22 +20,20 @@ over ours.
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import json
-import os
 import random
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 import typer
 
 from bench.http_rates import Served, running
+from bench.llama_server import llama_server
 from bench.report import Report
 from serving.fetch import resolve_model
 from sharding.kernels.cpu import INSTRUCTION_SETS
@@ -101,30 +99,6 @@ def _measure(server: Server, tokens: int) -> Iterator[tuple[str, float, int]]:
     yield "four at once", max(first_s for first_s, _ in found), min(cached for _, cached in found)
 
 
-@contextlib.contextmanager
-def _llama_cpp(path: Path, context: int) -> Iterator[Server]:
-    import xllamacpp
-
-    params = xllamacpp.CommonParams()
-    params.model.path = str(path)
-    params.n_ctx = context * _AT_ONCE
-    params.n_parallel = _AT_ONCE
-    params.kv_unified = True
-    threads = len(os.sched_getaffinity(0))
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-    params.port = 0
-    saved, quiet = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(quiet, 2)
-    try:
-        server = xllamacpp.Server(params)
-        yield Server(server.listening_address, peer=True)
-        del server
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(quiet)
-
-
 def main(
     model: str,
     tokens: int = 4096,
@@ -139,8 +113,9 @@ def main(
         ours = list(_measure(Server(f"http://127.0.0.1:{port}"), tokens))
     theirs: dict[str, float] = {}
     if peer:
-        with _llama_cpp(path, context) as server:
-            theirs = {test: first_s for test, first_s, _ in _measure(server, tokens)}
+        with llama_server(path, context, _AT_ONCE) as address:
+            found = _measure(Server(address, peer=True), tokens)
+            theirs = {test: first_s for test, first_s, _ in found}
     for test, first_s, cached in ours:
         figures: dict[str, str | float] = {"test": test, "model": path.name, "tokens": tokens}
         figures |= {"first_s": round(first_s, 3), "cached_tokens": cached}

@@ -150,6 +150,13 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0, max=2, help="0: greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.001, max=1, help="Nucleus to draw from.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
+    json_schema: Annotated[
+        Path | None,
+        typer.Option(help="A file with the JSON schema that it must keep to."),
+    ] = None,
+    grammar: Annotated[
+        Path | None, typer.Option(help="A file with a grammar to follow: GBNF or Lark.")
+    ] = None,
     context: Annotated[int | None, typer.Option(min=1, help="Most tokens in all.")] = None,
     threads: Threads = None,
     kernels: KernelSet = "auto",
@@ -162,15 +169,16 @@ def generate(
     if (prompt is None) == (prompt_file is None):
         raise ConfigError("give either --prompt or --prompt-file")
     text = prompt if prompt is not None else _read_text(prompt_file or Path())
-    from serving.generate import Generation, LocalModel, summary
+    from serving.generate import Generation, LocalModel, form_of, summary
 
+    form = form_of(json_schema, grammar)
     stretch = _known_stretch(rope_scaling, rope_scale, yarn_orig_ctx)
     path = resolve_model(model, report=_say)
     _warn_untrained(path, context, stretch)
     sampling = SamplingParams(temperature=temperature, top_p=top_p, seed=seed)
     wanted = Wanted(context, kernels=_known_kernels(kernels), contexts=1, stretch=stretch)
     with LocalModel(path, stages, wanted, threads) as local:
-        generation = Generation(local, text, max_tokens, sampling)
+        generation = Generation(local, text, max_tokens, sampling, form)
         for piece in generation.pieces():
             if not as_json:
                 typer.echo(piece, nl=False)

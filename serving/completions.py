@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from serving.grammars import answer_grammar
+from serving.grammars import content_grammar
 from serving.openai import CompletionRequest
 from serving.openai_answers import (
     Completion,
@@ -47,7 +47,7 @@ def prepare_completion(body: CompletionRequest, service: Service) -> tuple[Job, 
             raise RequestError("prompt is empty; at least one token is needed", "prompt")
     scores = Scores(body.logprobs, body.logprobs if body.echo else None)
     content, param = content_wish(body)
-    grammar = answer_grammar(tokenizer, content, None, "none")
+    grammar = "" if content is None else content_grammar(content)
     if grammar:
         check_once(grammar, param)
     job = build_job("cmpl", body, service, prompts, scores, grammar)

@@ -14,10 +14,11 @@ from typing import Any, Self
 import msgspec
 
 from actors.engine import Engine
-from actors.grammar import Grammars
+from actors.grammar import Grammars, check_grammar
 from actors.local import LocalStages, plan_limits
 from actors.pipeline import LocalPipeline
 from actors.request import GenerateRequest
+from serving.grammars import content_grammar, grammar_content, json_text_content
 from sharding.batch import SamplingParams
 from sharding.errors import ConfigError, ContextLengthError, PipelineError, RequestError
 from sharding.gguf.reader import GGUFFile
@@ -139,6 +140,24 @@ class Generation:
             "ttft_s": round(self.ttft_s, 4),
             "tok_s": round(self.tok_s, 2),
         }
+
+
+def form_of(json_schema: Path | None, grammar: Path | None) -> str:
+    """The grammar in one of two files, empty without. Raises `ConfigError` for both, or for one
+    that cannot be used."""
+    if json_schema is not None and grammar is not None:
+        raise ConfigError("give either --json-schema or --grammar")
+    file = json_schema or grammar
+    if file is None:
+        return ""
+    try:
+        text = file.read_text(encoding="utf-8")
+        content = grammar_content(text) if json_schema is None else json_text_content(text)
+        form = content_grammar(content)
+        check_grammar(form)
+    except (OSError, ValueError, RecursionError, RequestError) as error:
+        raise ConfigError(f"{file} cannot be used: {error}") from error
+    return form
 
 
 def _with_stops(sampling: SamplingParams, local: LocalModel) -> SamplingParams:

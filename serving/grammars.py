@@ -65,6 +65,14 @@ def json_content(schema: Schema) -> str:
     return f"content: %json {_dumped({**_bare(schema), 'x-guidance': _ONE_LINE})}"
 
 
+def json_text_content(text: str) -> str:
+    """The same for a schema as text. Raises `ValueError` if it is none."""
+    schema = json.loads(text)
+    if not isinstance(schema, dict):
+        raise ValueError("its schema is no JSON object")
+    return json_content(schema)
+
+
 def any_object_content() -> str:
     """Content that is a JSON object, with space as the model likes it."""
     return f"content: %json {_dumped({'type': 'object', 'x-guidance': _SPACED})}"
@@ -88,6 +96,18 @@ def grammar_content(text: str) -> str:
     return from_gbnf(text) if "::=" in text else text
 
 
+def content_grammar(content: str) -> str:
+    """Of an answer that is content alone."""
+    if _is_own(content):
+        return calmed(content)
+    return f"start: content\n{content}"
+
+
+def _is_own(content: str) -> bool:
+    """Whether it is a grammar of its own and not a rule."""
+    return not content.startswith("content:")
+
+
 def answer_grammar(
     tokenizer: Tokenizer, content: str | None, calls: Calls | None, thinking: str
 ) -> str:
@@ -97,7 +117,7 @@ def answer_grammar(
         return ""
     rules = [f"ANY: {_ANY}", f"TEXT: {_ANY} & ~{_THOUGHT}" if thinking == "maybe" else "TEXT: ANY"]
     answer = ["content"]
-    own = content is not None and not content.startswith("content:")
+    own = content is not None and _is_own(content)
     if own:
         rules.append("content: @content")
     elif content is not None:

@@ -6,7 +6,6 @@ OpenAI, vLLM and llama.cpp spell the same wishes differently. Not here: the gram
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -19,6 +18,7 @@ from serving.grammars import (
     choice_content,
     grammar_content,
     json_content,
+    json_text_content,
     regex_content,
 )
 from serving.openai import (
@@ -92,9 +92,7 @@ def _of_json(schema: JsonObject | str) -> str:
     if isinstance(schema, str):
         if len(schema) > MOST_GRAMMAR_BYTES:
             raise ValueError(f"its schema is longer than {MOST_GRAMMAR_BYTES} characters")
-        schema = json.loads(schema)
-    if not isinstance(schema, dict):
-        raise ValueError("its schema is no JSON object")
+        return json_text_content(schema)
     return json_content(schema)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -108,6 +109,33 @@ def test_generate_gives_the_same_tokens_over_any_number_of_stages(model: Path) -
         records.append(json.loads(done.stdout))
     assert records[0]["token_ids"] == records[1]["token_ids"]
     assert set(records[0]) >= {"text", "token_ids", "prompt_tokens", "ttft_s", "tok_s"}
+
+
+def test_generate_keeps_to_a_form(model: Path, tmp_path: Path) -> None:
+    files = {"--json-schema": '{"enum": ["the one", "them"]}', "--grammar": 'root ::= "so " [0-9]'}
+    for option, text in files.items():
+        (form := tmp_path / "form").write_text(text)
+        done = longspan("generate", model, "--prompt", "the", option, form, "--temperature", 1)
+        assert done.returncode == 0, done.stderr
+        assert re.fullmatch('"the one"\n|"them"\n|so [0-9]\n', done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--json-schema", "nowhere"], "No such file"),
+        (["--json-schema", "FORM"], "Expecting value"),
+        (["--grammar", "FORM"], "expecting rule"),
+        (["--grammar", "FORM", "--json-schema", "FORM"], "either"),
+    ],
+)
+def test_a_form_that_cannot_be_kept_to_is_told_before_anything_loads(
+    tmp_path: Path, options: list[str], words: str
+) -> None:
+    (form := tmp_path / "form").write_text("[")
+    named = [str(form) if option == "FORM" else option for option in options]
+    done = longspan("generate", "no-model", "--prompt", "x", *named)
+    assert done.returncode == 2 and words in done.stderr
 
 
 def test_generate_reads_its_prompt_from_a_file(model: Path, tmp_path: Path) -> None:
