@@ -151,6 +151,20 @@ def test_a_grammar_that_never_ends_ends_with_its_tokens(world: GuidedWorld) -> N
     assert choice["finish_reason"] == "length"
 
 
+def test_words_about_a_schema_are_no_part_of_it(world: GuidedWorld) -> None:
+    """However many, and whatever they say to the library; but a field may have any name."""
+    schema = {
+        "description": "x" * 200_000,
+        "type": "object",
+        "x-guidance": {"item_separator": "; ", "key_separator": "="},
+        "properties": {"title": {"const": 1}, "description": {"const": 2}, "default": {"const": 3}},
+        "required": ["title", "description", "default"],
+        "additionalProperties": False,
+    }
+    content = world.chat(json_schema=schema).json()["choices"][0]["message"]["content"]
+    assert content == '{"title": 1, "description": 2, "default": 3}'
+
+
 def test_a_cut_answer_says_so(world: GuidedWorld) -> None:
     choice = world.chat(json_schema=SCHEMA, max_tokens=3).json()["choices"][0]
     assert choice["finish_reason"] == "length"

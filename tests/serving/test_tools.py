@@ -347,3 +347,11 @@ def test_content_may_have_a_form_where_tools_may_be_called() -> None:
     # JSON that is a call and JSON that is content could not be told apart.
     refused = GuidedWorld(LLAMA).chat(tools=TOOLS, response_format={"type": "json_object"})
     assert error_of(refused)["param"] == "response_format"
+
+
+def test_thoughts_of_a_call_are_no_call() -> None:
+    world = GuidedWorld(HERMES + "{# </think> #}")
+    world.engine.begin = "<think>\nI could <tool_call> it.\n</think>\n\nNo."
+    message = world.chat(tools=TOOLS, max_tokens=100).json()["choices"][0]["message"]
+    assert message["reasoning_content"] == "I could <tool_call> it."
+    assert message["content"].startswith("No.")
