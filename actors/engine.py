@@ -16,10 +16,9 @@ from collections import deque
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from itertools import count
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from actors.cores import compute_first
-from actors.grammar import Constraint, Grammars
 from actors.meters import Meters
 from actors.pipeline import Pipeline
 from actors.recovery import wait_before
@@ -37,6 +36,9 @@ from sharding.errors import (
     RequestError,
     UnavailableError,
 )
+
+if TYPE_CHECKING:  # its library is not needed where no grammar is
+    from actors.grammar import Constraint, Grammars
 
 log = logging.getLogger("longspan.engine")
 

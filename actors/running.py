@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from actors.grammar import Constraint
 from actors.pages import PageKeys
 from actors.request import LENGTH, STOP, GenerateRequest, Sink
 from sharding.batch import PAGE_SLOTS, Choice, Opened, Segment, seen_bits
+
+if TYPE_CHECKING:
+    from actors.grammar import Constraint
 
 MOST_REPLAYS = 2
 """How often a request begins again after the pipeline broke with tokens of its in flight, if it got

@@ -16,8 +16,8 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from typing import TYPE_CHECKING
 
-from actors.grammar import Constraint
 from actors.pages import PageKeys
 from actors.request import Event, GenerateRequest, Sink
 from actors.running import MOST_REPLAYS, Running, page_names
@@ -33,6 +33,9 @@ from sharding.batch import (
     SegmentResult,
 )
 from sharding.errors import BusyError, ContextLengthError
+
+if TYPE_CHECKING:
+    from actors.grammar import Constraint
 
 _STEP_S = 0.25
 _TIMED_TOKENS = 16  # a step of fewer takes as long as one of one token

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from itertools import count, pairwise
+from typing import TYPE_CHECKING
 
 import torch
 
 from actors.engine import Engine
-from actors.grammar import Grammars
 from actors.local import LocalStages
 from actors.request import Event, GenerateRequest
 from sharding.batch import Batch, Opened, SamplingParams, Segment
 from sharding.gguf.reader import GGUFFile
-from sharding.gguf.tokenizer import Tokenizer
 from sharding.model.arch import read_shape
 from sharding.model.rotation import Stretch
 from sharding.model_plan import Wanted, plan_model
 from sharding.planner import Device
 from sharding.stage import Stage
 from sharding.stage_spec import StageSpec
+
+if TYPE_CHECKING:
+    from actors.grammar import Grammars
 
 GREEDY = SamplingParams(temperature=0.0)
 _steps = count()
@@ -87,15 +90,21 @@ def local_engine(
     """A started engine over stages of this process."""
     devices = [Device(f"part {number}", 1 << 40) for number in range(stages)]
     planned = plan_model(file, devices, Wanted(context, kv, chunk=chunk))
-    engine = Engine(LocalStages(file, planned), Grammars(lambda: tokenizer_of(file)))
+    engine = Engine(LocalStages(file, planned), grammars_of(file))
     engine.start()
     engine.wait_ready()
     return engine
 
 
-def tokenizer_of(file: GGUFFile) -> Tokenizer:
-    """The tokenizer that a file describes."""
-    return Tokenizer.from_metadata(file.metadata)
+def grammars_of(file: GGUFFile) -> Grammars | None:
+    """Over a file's vocabulary; None where there is no library for them, as where GPUs are
+    tested."""
+    if find_spec("llguidance") is None:
+        return None
+    from actors.grammar import Grammars
+    from sharding.gguf.tokenizer import Tokenizer
+
+    return Grammars(lambda: Tokenizer.from_metadata(file.metadata))
 
 
 def tokens_of(events: Sequence[Event]) -> list[int]:

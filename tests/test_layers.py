@@ -34,6 +34,7 @@ HOMES = {
     ),
     "prometheus_client": ("serving.metrics",),
     **dict.fromkeys(("grafana_api", "requests"), ("serving.grafana",)),
+    "llguidance": ("actors.grammar",),
     "triton": ("sharding.kernels.triton*",),
     "fastapi": tuple(f"serving.{name}" for name in HTTP),
     "starlette": tuple(f"serving.{name}" for name in HTTP),

@@ -29,7 +29,7 @@ from sharding.gguf.reader import GGUFFile
 from sharding.gguf.tokenizer import Tokenizer
 from tests.actors.test_engine import collect
 from tests.actors.test_replay import breaking
-from tests.stages import GREEDY, generate, local_engine, tokenizer_of, tokens_of
+from tests.stages import GREEDY, generate, local_engine, tokens_of
 from tests.tiny_gguf import bpe_vocabulary, spm_vocabulary, tiny_model
 
 TOKENIZERS = {
@@ -231,7 +231,7 @@ def test_answers_are_the_same_for_any_stages_and_chunks_and_together(
         assert engine.stats().pages_free == engine.stats().pages
     for request, events in zip(requests(range(8)), heard, strict=True):
         if request.grammar and events[-1].finish_reason == STOP:
-            check_person(tokenizer_of(file).decode(tokens_of(events)))
+            check_person(Tokenizer.from_metadata(file.metadata).decode(tokens_of(events)))
     assert any(len(event.tokens) > 1 for events in heard for event in events)
 
 
