@@ -234,12 +234,8 @@ class Scheduler:
         return self.pool.reserve(entry.number, entry.tokens, entry.keys, entry.found)
 
     def _decode_segments(self) -> list[Segment]:
-        """The newest tokens of each request that has some, nearly always one, but of no more than
-        their share of the requests.
-
-        With as many groups as batches in flight every stage has work; one batch of all of them
-        would leave all stages but one idle.
-        """
+        """The newest tokens, nearly always one, of as many requests as are its share: with as many
+        groups as batches in flight every stage has work."""
         decoding = sum(entry.answering for entry in self._running.values())
         reading = any(entry.prefilling for entry in self._running.values())
         # A quarter stays for prompts: with answers enough they would never be read.
