@@ -73,6 +73,9 @@ TOLD = _HERMES
 """The form of calls that a conversation itself asks for where the template knows none."""
 
 
+_FIRST_READ = ("system", "developer", "user")
+
+
 def format_of(template: str) -> ToolFormat | None:
     """The form that a template was made for; None: it knows no tools."""
     if "<function=" in template:  # arguments in tags, which nothing here reads
@@ -98,7 +101,7 @@ def with_tools_told(
         "Its result then comes between <tool_response> and </tool_response>. "
         "Call functions only where they help; else answer as usual."
     )
-    first = next((i for i, each in enumerate(told) if each["role"] in ("system", "user")), None)
+    first = next((i for i, each in enumerate(told) if each["role"] in _FIRST_READ), None)
     if first is None:
         return [{"role": "user", "content": words}, *told]
     told[first] = {**told[first], "content": f"{words}\n\n{told[first]['content']}"}
