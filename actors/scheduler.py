@@ -358,7 +358,7 @@ class Scheduler:
         tokens = [] if found.drawn is None else entry.draw(found.drawn)
         self.drawn_tokens += len(tokens)
         if entry.constraint is not None and entry.constraint.error is not None:
-            self._fail(entry.number, entry.constraint.error)
+            self._fail(entry.number, entry.constraint.error, suspect=True)
             return
         reason = entry.finish_reason
         if reason is not None:

@@ -14,7 +14,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
@@ -93,7 +93,7 @@ class EngineReplica:
         self._engine = Engine(self._stages, grammars)
         self._asking: asyncio.Task[EngineStats] | None = None
         self._engine.start()
-        threading.Thread(target=grammars.prepare, name="longspan-grammars", daemon=True).start()
+        _in_background(grammars.prepare)
 
     async def feed(self) -> FeedAddress:
         """Where an ingress gets its requests' events."""
@@ -160,6 +160,11 @@ class EngineReplica:
         if hasattr(self, "_engine"):
             self._engine.close()
             self._feeds.close()
+
+
+def _in_background(work: Callable[[], None]) -> None:
+    """What only the first request with a grammar would wait for."""
+    threading.Thread(target=work, name="longspan-grammars", daemon=True).start()
 
 
 def _set(future: asyncio.Future[None]) -> None:
@@ -309,6 +314,7 @@ class Ingress:
         self._key_file, self._access = config.api_key_file, access
         self._app: Application | None = None
         self._service = Service(model, tokenizer, RemoteEngine(engine))
+        _in_background(self._service.vetting.prepare)
         self._watch = asyncio.get_running_loop().create_task(self._learn_context())
 
     def __serve_build_asgi_app__(self) -> FastAPI:

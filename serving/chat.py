@@ -6,13 +6,13 @@ Not here: drawing and cancelling (`answers.py`), fields shared with plain comple
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from serving.grammars import Calls, answer_grammar, markers_of, special_id
+from serving.conversation import Conversation
+from serving.grammars import Calls, answer_grammar, content_grammar, markers_of, special_id
 from serving.message import THINK, THOUGHT, AnswerForm, MessagePart, MessageReader
-from serving.openai import ChatMessage, ChatRequest, TextPart, Tool, ToolCall
+from serving.openai import ChatRequest
 from serving.openai_answers import (
     AnswerMessage,
     CalledFunction,
@@ -32,16 +32,13 @@ from serving.openai_answers import (
     Usage,
 )
 from serving.openai_answers import ToolCall as ToolCallAnswer
-from serving.prepare import Job, Scores, build_job, check_body, check_length
+from serving.prepare import Job, Scores, build_job, check_body
 from serving.service import Service, Tokenizer
-from serving.template import ChatTemplate, Message, special_text
+from serving.template import ChatTemplate, special_text
 from serving.text import Piece, PlacedToken, finite, token_name
-from serving.tool_formats import TOLD, format_of, with_tools_in_system, with_tools_told
-from serving.wishes import calls_wish, check_once, content_wish
+from serving.wishes import content_wish, loosened, vet
 from sharding.batch import Choice
 from sharding.errors import RequestError
-
-_UNSUPPORTED_IN_MESSAGES = ("function_call", "audio")
 
 
 def prepare_chat(body: ChatRequest, service: Service, template: ChatTemplate) -> Job:
@@ -52,14 +49,14 @@ def prepare_chat(body: ChatRequest, service: Service, template: ChatTemplate) ->
     check_body(body, service)
     if body.top_logprobs and not body.logprobs:
         raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")
-    known = format_of(template.source)
-    calls = calls_wish(body, known or TOLD)
-    text = _prompt_text(body, service, template, None if calls is None else body.tools)
+    conversation = Conversation(body, service, template)
+    calls, text = conversation.calls, conversation.text
     ids = _encode(service.tokenizer, text)
     if not ids:
         raise RequestError("the model's chat template made an empty prompt of these", "messages")
-    form = AnswerForm(template.thinking_after(text), None if calls is None else calls.format)
-    grammar = _grammar(body, service.tokenizer, calls, form)
+    alone = calls is not None and (calls.needed or content_wish(body)[0] is not None)
+    form = AnswerForm(template.thinking_after(text), None if calls is None else calls.format, alone)
+    grammar = _grammar(body, service, calls, form)
     scores = Scores(drawn=(body.top_logprobs or 0) if body.logprobs else None)
     job = build_job("chatcmpl", body, service, [ids], scores, grammar)
     markers = [] if form.tools is None else markers_of(form.tools)
@@ -67,94 +64,31 @@ def prepare_chat(body: ChatRequest, service: Service, template: ChatTemplate) ->
     return replace(job, form=form, shown=frozenset(each for each in tokens if each is not None))
 
 
-def _grammar(body: ChatRequest, tokenizer: Tokenizer, calls: Calls | None, form: AnswerForm) -> str:
+def _grammar(body: ChatRequest, service: Service, calls: Calls | None, form: AnswerForm) -> str:
     """What answers must follow, empty if nothing."""
     content, param = content_wish(body)
     if content is not None and calls is not None and not calls.format.marker:
         message = f"{param} cannot be followed together with tools: this model's calls are JSON too"
         raise RequestError(message, param)
+    tokenizer, vetting = service.tokenizer, service.vetting
+    if content is not None:
+        vet(content_grammar(content), vetting, param)
     grammar = answer_grammar(tokenizer, content, calls, form.thinking)
-    if grammar:
-        if content is not None and calls is not None:  # to tell which of them is at fault
-            check_once(answer_grammar(tokenizer, content, None, form.thinking), param)
-        check_once(grammar, param if calls is None else "tools")
+    if grammar and calls is None:
+        vet(grammar, vetting, param)
+    elif calls is not None:
+        try:
+            vet(grammar, vetting, "tools")
+        except RequestError:
+            grammar = answer_grammar(tokenizer, content, loosened(calls, vetting), form.thinking)
+            vet(grammar, vetting, "tools")
     return grammar
-
-
-def _prompt_text(
-    body: ChatRequest, service: Service, template: ChatTemplate, tools: Sequence[Tool] | None
-) -> str:
-    messages: Sequence[Message] = [_plain(message, i) for i, message in enumerate(body.messages)]
-    for message in messages:
-        check_length(str(message["content"]), service)
-    form = format_of(template.source)
-    given = [tool.model_dump(exclude_none=True) for tool in tools or ()]
-    if form is None:
-        messages, given = with_tools_told(messages, given), []
-    elif form.in_system and given:
-        messages, given = with_tools_in_system(messages, given), []
-    begin = body.add_generation_prompt is not False
-    text = template.render(messages, begin, given or None, body.chat_template_kwargs)
-    check_length(text, service)
-    return text
 
 
 def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
     """A template that writes the beginning-of-sequence token itself must not get a second one."""
     bos = special_text(tokenizer, tokenizer.bos_id)
     return tokenizer.encode(text, add_special=not (bos and text.startswith(bos)))
-
-
-def _plain(message: ChatMessage, i: int) -> dict[str, object]:
-    """A message as templates know it: its content is one string, arguments are objects."""
-    where = f"messages[{i}]"
-    for name in _UNSUPPORTED_IN_MESSAGES:
-        if (message.model_extra or {}).get(name):
-            field = f"{where}.{name}"
-            raise RequestError(f"{field} is not supported by this server; leave it out", field)
-    plain: dict[str, object] = {"role": message.role}
-    if isinstance(message.content, str):
-        plain["content"] = message.content
-    elif message.content is not None:
-        plain["content"] = _parts_text(message.content, f"{where}.content")
-    elif message.role == "assistant":
-        plain["content"] = ""
-    else:
-        raise RequestError(f"{where}.content must not be null", f"{where}.content")
-    if message.tool_calls and message.role == "assistant":
-        plain["tool_calls"] = [
-            _plain_call(call, f"{where}.tool_calls[{k}]")
-            for k, call in enumerate(message.tool_calls)
-        ]
-    optional = {
-        "name": message.name,
-        "tool_call_id": message.tool_call_id,
-        "reasoning_content": message.reasoning_content,
-    }
-    return plain | {name: value for name, value in optional.items() if value is not None}
-
-
-def _plain_call(call: ToolCall, where: str) -> dict[str, object]:
-    field = f"{where}.function.arguments"
-    try:
-        arguments = json.loads(call.function.arguments or "{}")
-    except (ValueError, RecursionError):
-        raise RequestError(f"{field} is no JSON text", field) from None
-    if not isinstance(arguments, dict):
-        raise RequestError(f"{field} is no JSON object", field)
-    function = {"name": call.function.name, "arguments": arguments}
-    called: dict[str, object] = {"type": "function", "function": function}
-    return called if call.id is None else {"id": call.id, **called}
-
-
-def _parts_text(parts: Sequence[TextPart], where: str) -> str:
-    for i, part in enumerate(parts):
-        if part.type != "text":
-            message = f"{where}[{i}]: content of type {part.type!r:.60} is not supported, only text"
-            raise RequestError(message, f"{where}[{i}].type")
-        if part.text is None:
-            raise RequestError(f"{where}[{i}].text is missing", f"{where}[{i}].text")
-    return "\n".join(part.text or "" for part in parts)
 
 
 class ChatWording:

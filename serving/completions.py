@@ -21,7 +21,7 @@ from serving.openai_answers import (
 from serving.prepare import Job, Scores, build_job, check_body, check_length, check_tokens
 from serving.service import Service, Tokenizer
 from serving.text import Piece, PlacedToken, finite, token_name
-from serving.wishes import check_once, content_wish
+from serving.wishes import content_wish, vet
 from sharding.batch import Choice
 from sharding.errors import PipelineError, RequestError
 
@@ -49,7 +49,7 @@ def prepare_completion(body: CompletionRequest, service: Service) -> tuple[Job, 
     content, param = content_wish(body)
     grammar = "" if content is None else content_grammar(content)
     if grammar:
-        check_once(grammar, param)
+        vet(grammar, service.vetting, param)
     job = build_job("cmpl", body, service, prompts, scores, grammar)
     if not body.echo:
         return job, CompletionWording(job, tokenizer)

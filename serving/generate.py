@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -14,11 +15,13 @@ from typing import Any, Self
 import msgspec
 
 from actors.engine import Engine
-from actors.grammar import Grammars, check_grammar
+from actors.grammar import Grammars
 from actors.local import LocalStages, plan_limits
 from actors.pipeline import LocalPipeline
 from actors.request import GenerateRequest
+from actors.vetting import Vetting
 from serving.grammars import content_grammar, grammar_content, json_text_content
+from serving.wishes import vet
 from sharding.batch import SamplingParams
 from sharding.errors import ConfigError, ContextLengthError, PipelineError, RequestError
 from sharding.gguf.reader import GGUFFile
@@ -154,7 +157,8 @@ def form_of(json_schema: Path | None, grammar: Path | None) -> str:
         text = file.read_text(encoding="utf-8")
         content = grammar_content(text) if json_schema is None else json_text_content(text)
         form = content_grammar(content)
-        check_grammar(form)
+        with closing(Vetting()) as vetting:
+            vet(form, vetting, None)
     except (OSError, ValueError, RecursionError, RequestError) as error:
         raise ConfigError(f"{file} cannot be used: {error}") from error
     return form

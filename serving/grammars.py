@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from actors.grammar import calmed, from_gbnf
+from actors.grammar import calmed, check_size, from_gbnf
 from serving.service import Tokenizer
 from serving.tool_formats import ToolFormat
 
@@ -30,12 +30,14 @@ _ONE_LINE = {
 
 _SAYS_NOTHING = ("$comment", "description", "examples", "title", "x-guidance")
 _NAMED_SCHEMAS = ("$defs", "definitions", "dependentSchemas", "patternProperties", "properties")
+_TELL_PROPERTIES = {"$ref", "additionalProperties", "allOf", "anyOf", "minProperties", "oneOf"}
+_TELL_PROPERTIES |= {"patternProperties"}
 _VALUES = ("const", "default", "enum")
 
+_MOST_GBNF_BYTES = 16 << 10  # what they take to be read grows with the square
 _MOST_CALLS = 16  # of one answer: a weak model would go on to the end of its context
 
 _ANY = r"/(.|\n)*/"
-_THOUGHT = r"/\n*<think>(.|\n)*/"
 _MARKER = re.compile(r"(<[^<>\s]+>|\[[A-Z_]+\])")
 
 
@@ -60,12 +62,20 @@ class Calls:
     several: bool = True
 
 
-def json_content(schema: Schema) -> str:
+@dataclass(frozen=True)
+class Content:
+    """What content shall be: the right side of a rule, or a client's `own` grammar."""
+
+    text: str
+    own: bool = False
+
+
+def json_content(schema: Schema) -> Content:
     """Content that is JSON of a schema, on one line."""
-    return f"content: %json {_dumped({**_bare(schema), 'x-guidance': _ONE_LINE})}"
+    return Content(f"%json {_dumped({**_bare(schema), 'x-guidance': _ONE_LINE})}")
 
 
-def json_text_content(text: str) -> str:
+def json_text_content(text: str) -> Content:
     """The same for a schema as text. Raises `ValueError` if it is none."""
     schema = json.loads(text)
     if not isinstance(schema, dict):
@@ -73,85 +83,100 @@ def json_text_content(text: str) -> str:
     return json_content(schema)
 
 
-def any_object_content() -> str:
+def any_object_content() -> Content:
     """Content that is a JSON object, with space as the model likes it."""
-    return f"content: %json {_dumped({'type': 'object', 'x-guidance': _SPACED})}"
+    return Content(f"%json {_dumped({'type': 'object', 'x-guidance': _SPACED})}")
 
 
-def regex_content(pattern: str) -> str:
+def regex_content(pattern: str) -> Content:
     """Content that a regular expression (of Rust's kind) matches as a whole."""
     whole = pattern.removeprefix("^")
     whole = whole if whole.endswith("\\$") else whole.removesuffix("$")
-    return f"content: /{_between_slashes(whole)}/"
+    return Content(f"/{_between_slashes(whole)}/")
 
 
-def choice_content(choices: Sequence[str]) -> str:
+def choice_content(choices: Sequence[str]) -> Content:
     """Content that is one of some texts."""
-    return f"content: {' | '.join(map(_dumped, choices))}"
+    return Content(" | ".join(map(_dumped, choices)))
 
 
-def grammar_content(text: str) -> str:
+def grammar_content(text: str) -> Content:
     """Content of a grammar with a rule `root` in llama.cpp's notation (GBNF), or `start` in Lark's.
-    Raises `ValueError` for what is neither."""
-    return from_gbnf(text) if "::=" in text else text
+    Raises `ValueError` for what is neither, `RequestError` for one that is too long."""
+    if "::=" in text:
+        check_size(text, _MOST_GBNF_BYTES)
+        text = from_gbnf(text)
+    check_size(text)
+    if text.lstrip().startswith("{"):  # llguidance's own notation, which could not be calmed
+        raise ValueError("it is neither GBNF nor Lark")
+    return Content(text, own=True)
 
 
-def content_grammar(content: str) -> str:
+def content_grammar(content: Content) -> str:
     """Of an answer that is content alone."""
-    if _is_own(content):
-        return calmed(content)
-    return f"start: content\n{content}"
-
-
-def _is_own(content: str) -> bool:
-    """Whether it is a grammar of its own and not a rule."""
-    return not content.startswith("content:")
+    return calmed(content.text) if content.own else f"start: {content.text}"
 
 
 def answer_grammar(
-    tokenizer: Tokenizer, content: str | None, calls: Calls | None, thinking: str
+    tokenizer: Tokenizer, content: Content | None, calls: Calls | None, thinking: str
 ) -> str:
-    """The whole answer's. `content`: a rule of that name, a grammar with a rule `start`, or None
-    for free text. `thinking`: "none", "maybe" or "open" (it has begun). Empty if anything goes."""
+    """The whole answer's; `content` None: free text. `thinking`: "none", "maybe" or "open" (it has
+    begun). Empty if anything goes."""
     if content is None and calls is None:
         return ""
-    rules = [f"ANY: {_ANY}", f"TEXT: {_ANY} & ~{_THOUGHT}" if thinking == "maybe" else "TEXT: ANY"]
-    answer = ["content"]
-    own = content is not None and _is_own(content)
-    if own:
-        rules.append("content: @content")
-    elif content is not None:
-        rules.append(content)
+    rules = [f"ANY: {_ANY}", f"TEXT: {_text(tokenizer, calls, thinking)}"]
+    if content is not None:
+        rules.append("content: @content" if content.own else f"content: {content.text}")
     elif calls is not None and not calls.format.marker:
         rules.append(r"content: | /[ \n]*[^{ \n](.|\n)*/")
     else:
         rules.append("content: TEXT")
+    answer = ["content"]
     if calls is not None:
         rules += _call_rules(tokenizer, calls, alone=calls.needed or content is not None)
         answer = ["calls"] if calls.needed else ["content", "calls"]
     rules += _thinking_rules(tokenizer, thinking)
     before = {"none": "", "maybe": "thinking? ", "open": "thought "}[thinking]
     text = "\n".join([f"start: {before}answer", f"answer: {' | '.join(answer)}", *rules])
-    if not own:
+    if content is None or not content.own:
         return text
     nested = [
         {"name": "answer", "lark_grammar": calmed(text)},
-        {"name": "content", "lark_grammar": content},
+        {"name": "content", "lark_grammar": calmed(content.text)},
     ]
     return _dumped({"grammars": nested})
+
+
+def _text(tokenizer: Tokenizer, calls: Calls | None, thinking: str) -> str:
+    """Free text: not what begins as thinking does, nor with a marker in it that is spelled where a
+    token would be the marker. Readers could not tell them apart."""
+    kept_out = []
+    if thinking == "maybe" and special_id(tokenizer, "<think>") is None:
+        kept_out.append(r"/\n*<think>(.|\n)*/")
+    marker = "" if calls is None else calls.format.marker
+    if marker and special_id(tokenizer, marker) is not None:
+        kept_out.append(_holding(marker))
+    return " & ".join(["ANY", *(f"~{each}" for each in kept_out)])
+
+
+def _holding(marker: str) -> str:
+    """Any text with a marker in it."""
+    return rf"/(.|\n)*{_between_slashes(re.escape(marker))}(.|\n)*/"
 
 
 def _thinking_rules(tokenizer: Tokenizer, thinking: str) -> list[str]:
     if thinking == "none":
         return []
     rules = [
-        f"thought: {_up_to(tokenizer, '</think>', 'thought_text')} BREAK?",
+        "thought: thought_text BREAK?",
         r"BREAK: /\n{1,2}/",
         f"thinking: BREAK? {_literal(tokenizer, '<think>')} thought",
     ]
-    if special_id(tokenizer, "</think>") is None:
-        rules.append('thought_text[lazy]: ANY "</think>"')
-    return rules
+    token = special_id(tokenizer, "</think>")
+    if token is None:
+        return [*rules, 'thought_text[lazy]: ANY "</think>"']
+    unspelled = f"THOUGHT: ANY & ~{_holding('</think>')}"
+    return [*rules, unspelled, f"thought_text: THOUGHT <[{token}]>"]
 
 
 def _call_rules(tokenizer: Tokenizer, calls: Calls, alone: bool) -> list[str]:
@@ -178,12 +203,6 @@ def _call_rules(tokenizer: Tokenizer, calls: Calls, alone: bool) -> list[str]:
     return rules
 
 
-def _up_to(tokenizer: Tokenizer, marker: str, name: str) -> str:
-    """Any text up to a marker and with it."""
-    token = special_id(tokenizer, marker)
-    return name if token is None else f"ANY <[{token}]>"
-
-
 def special_id(tokenizer: Tokenizer, marker: str) -> int | None:
     """The token that a marker is, if it is one that is no text."""
     ids = tokenizer.encode(marker, add_special=False)
@@ -207,17 +226,24 @@ def _literal(tokenizer: Tokenizer, text: str) -> str:
 
 
 def _arguments(tool: Tool) -> Schema:
-    schema: dict[str, object] = {"type": "object", "properties": {}} | _bare(tool.parameters or {})
-    # Functions take no arguments that they do not name.
-    schema.setdefault("additionalProperties", False)
-    return {**schema, "x-guidance": {**_ONE_LINE, "lenient": not tool.strict}}
+    schema = _bare(tool.parameters or {})
+    if not schema.keys() & _TELL_PROPERTIES:
+        # Functions take no arguments that they do not name.
+        schema = {"properties": {}, "additionalProperties": False, **schema}
+    extra = {**_ONE_LINE, "lenient": not tool.strict}
+    return {"type": "object", **schema, "x-guidance": extra}
+
+
+def arguments_grammar(tool: Tool) -> str:
+    """Of a tool's arguments alone, to tell which tool is at fault."""
+    return f"start: %json {_dumped(_arguments(tool))}"
 
 
 def _bare(schema: Schema) -> dict[str, object]:
     """Without what says nothing about a value."""
     bare: dict[str, object] = {}
     for key, value in schema.items():
-        if key in _SAYS_NOTHING:
+        if key in _SAYS_NOTHING or (value is None and key not in _VALUES):
             continue
         if key in _NAMED_SCHEMAS and isinstance(value, dict):
             bare[key] = {name: _any_bare(each) for name, each in value.items()}

@@ -25,10 +25,12 @@ _ID_LETTERS = string.ascii_letters + string.digits
 @dataclass(frozen=True)
 class AnswerForm:
     """What an answer may hold besides content. `thinking`: "maybe" if the model may begin with it,
-    "open" if its prompt began it. `tools`: how it calls them, None: it cannot."""
+    "open" if its prompt began it. `tools`: how it calls them, None: it cannot. `alone`: it is
+    content or calls, not both."""
 
     thinking: Thinking = "none"
     tools: ToolFormat | None = None
+    alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class MessageReader:
 
     def __init__(self, form: AnswerForm) -> None:
         self.called = False
-        self._tools = form.tools
+        self._tools, self._alone = form.tools, form.alone
         self._left = ""
         self._last = False
         self._parts: list[MessagePart] = []
@@ -107,12 +109,17 @@ class MessageReader:
     def _first_content(self) -> bool:
         if self._tools is None:
             self._state = self._rest
-        elif self._tools.marker:
+            return True
+        marker, begun = self._tools.marker, self._left.lstrip()
+        if marker and not self._alone:
             self._state = self._content
-        elif begun := self._left.lstrip():
-            self._state = self._opening if begun.startswith("{") else self._rest
-        else:
+        elif begun.startswith(marker or "{"):
+            self._left = begun.removeprefix(marker)
+            self._state = self._opening
+        elif marker.startswith(begun) and not self._last:
             return False
+        else:
+            self._state = self._rest
         return True
 
     def _rest(self) -> bool:

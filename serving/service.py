@@ -7,11 +7,12 @@ here imports Ray, so the whole HTTP layer runs in a test's own process.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from actors.request import Event, GenerateRequest
 from actors.stats import EngineStats, EngineStatus
+from actors.vetting import Vetting
 
 
 @dataclass(frozen=True)
@@ -108,3 +109,4 @@ class Service:
     model: ServedModel
     tokenizer: Tokenizer
     engine: EngineClient
+    vetting: Vetting = field(default_factory=Vetting)

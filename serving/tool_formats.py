@@ -7,6 +7,7 @@ the grammar of calls (`grammars.py`) and reading them (`message.py`).
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -73,6 +74,7 @@ TOLD = _HERMES
 """The form of calls that a conversation itself asks for where the template knows none."""
 
 
+_SHORT_ID_CHARS = 9
 _FIRST_READ = ("system", "developer", "user")
 
 
@@ -109,30 +111,91 @@ def with_tools_told(
 
 
 def _in_words(messages: Sequence[Message]) -> list[Message]:
-    """Calls and results as text; results in a row as one message, since many templates want user
-    and assistant in turn."""
+    """Calls and results as text; results in a row, and what the user says to them, as one message,
+    since many templates want user and assistant in turn."""
     told: list[Message] = []
-    results = False  # whether the last message holds some
-    for message in messages:
-        if message["role"] == "tool":
-            text = f"<tool_response>\n{message['content']}\n</tool_response>"
-            if results:
-                text = f"{told.pop()['content']}\n{text}"
+    results = False  # whether the last message ends with some
+    for message in with_calls_told(messages, TOLD):
+        is_result = message["role"] == "tool"
+        text = str(message["content"])
+        if is_result:
+            text = f"<tool_response>\n{text}\n</tool_response>"
+        if results and message["role"] in ("tool", "user"):
+            text = f"{told.pop()['content']}\n{text}"
             told.append({"role": "user", "content": text})
-        elif calls := message.get("tool_calls"):
-            assert isinstance(calls, list), "made by chat.py"
-            texts = [str(message["content"]), *(_call_in_words(call) for call in calls)]
-            told.append({"role": "assistant", "content": "\n".join(filter(None, texts))})
         else:
-            told.append(message)
-        results = message["role"] == "tool"
+            told.append({"role": "user", "content": text} if is_result else message)
+        results = is_result
     return told
 
 
-def _call_in_words(call: Mapping[str, Mapping[str, object]]) -> str:
+def with_calls_told(messages: Sequence[Message], form: ToolFormat) -> list[Message]:
+    """A conversation whose calls are text of the assistant, as it says them itself."""
+    told: list[Message] = []
+    for message in messages:
+        calls = _calls(message)
+        if calls:
+            said = form.between.join(_said(call, form) for call in calls)
+            said = f"{form.marker}{form.opening}{said}{form.closing}"
+            text = "\n".join(filter(None, [str(message["content"]), said]))
+            message = {"role": "assistant", "content": text}
+        told.append(message)
+    return told
+
+
+def _calls(message: Message) -> list[Mapping[str, Mapping[str, object]]]:
+    calls = message.get("tool_calls", [])
+    assert isinstance(calls, list), "made by conversation.py"
+    return calls
+
+
+def _said(call: Mapping[str, Mapping[str, object]], form: ToolFormat) -> str:
     function = call["function"]
-    named = {"name": function["name"], "arguments": function["arguments"]}
-    return f"<tool_call>\n{json.dumps(named, ensure_ascii=False)}\n</tool_call>"
+    arguments = json.dumps(function["arguments"], ensure_ascii=False)
+    return f"{form.head}{function['name']}{form.middle}{arguments}{form.tail}"
+
+
+def with_single_calls(messages: Sequence[Message]) -> list[Message]:
+    """A conversation in which no message has more than one call: each is followed by its result."""
+    told: list[Message] = []
+    todo = list(messages)
+    while todo:
+        message = todo.pop(0)
+        calls = _calls(message)
+        if len(calls) < 2:
+            told.append(message)
+            continue
+        results = []
+        while todo and todo[0]["role"] == "tool":
+            results.append(todo.pop(0))
+        for i, call in enumerate(calls):
+            content = message["content"] if i == 0 else ""
+            told.append({**message, "content": content, "tool_calls": [call]})
+            told += results[i : i + 1]
+        told += results[len(calls) :]
+    return told
+
+
+def with_ids_of(messages: Sequence[Message], form: ToolFormat) -> list[Message]:
+    """A conversation whose calls have ids as the template takes them, wherever they are from."""
+    if form.id_chars != _SHORT_ID_CHARS:
+        return list(messages)
+    told: list[Message] = []
+    for message in messages:
+        changed = dict(message)
+        if "tool_call_id" in changed:
+            changed["tool_call_id"] = _short_id(changed["tool_call_id"])
+        if calls := _calls(message):
+            changed["tool_calls"] = [{**call, "id": _short_id(call.get("id"))} for call in calls]
+        told.append(changed)
+    return told
+
+
+def _short_id(given: object) -> str:
+    text = str(given)
+    if len(text) == _SHORT_ID_CHARS and text.isalnum() and text.isascii():
+        return text
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:_SHORT_ID_CHARS]
 
 
 def with_tools_in_system(

@@ -7,14 +7,17 @@ OpenAI, vLLM and llama.cpp spell the same wishes differently. Not here: the gram
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from dataclasses import replace
 from typing import Any
 
-from actors.grammar import MOST_GRAMMAR_BYTES, check_grammar
+from actors.grammar import check_size
+from actors.vetting import Vetting
 from serving.grammars import (
     Calls,
+    Content,
     Tool,
     any_object_content,
+    arguments_grammar,
     choice_content,
     grammar_content,
     json_content,
@@ -32,7 +35,7 @@ from serving.openai import (
 from serving.tool_formats import ToolFormat
 from sharding.errors import RequestError
 
-_SPELLINGS: dict[str, Callable[[Any], str | None]] = {
+_SPELLINGS: dict[str, Callable[[Any], Content | None]] = {
     "response_format": lambda value: _of_response_format(value),
     "structured_outputs": lambda value: _of_structured_outputs(value),
     "guided_json": lambda value: _of_json(value),
@@ -44,17 +47,17 @@ _SPELLINGS: dict[str, Callable[[Any], str | None]] = {
 }
 
 
-def content_wish(body: GuidedRequest) -> tuple[str | None, str | None]:
+def content_wish(body: GuidedRequest) -> tuple[Content | None, str | None]:
     """What the content shall be, for `answer_grammar`, and the field that says so; None: anything.
     Raises `RequestError` for wishes that contradict or that no grammar can hold."""
-    wishes: dict[str, str] = {}
+    wishes: dict[str, Content] = {}
     for name, read in _SPELLINGS.items():
         value = getattr(body, name)
         if value is None or value == "":
             continue
         try:
             content = read(value)
-        except (ValueError, RecursionError) as error:
+        except (ValueError, RecursionError, RequestError) as error:
             raise RequestError(f"{name} cannot be used: {error}", name) from error
         if content is not None:
             wishes[name] = content
@@ -63,7 +66,7 @@ def content_wish(body: GuidedRequest) -> tuple[str | None, str | None]:
     return next(((content, name) for name, content in wishes.items()), (None, None))
 
 
-def _of_response_format(wish: ResponseFormat) -> str | None:
+def _of_response_format(wish: ResponseFormat) -> Content | None:
     if wish.type == "text":
         return None
     if wish.type == "json_object":
@@ -73,7 +76,7 @@ def _of_response_format(wish: ResponseFormat) -> str | None:
     return json_content(wish.json_schema.schema_)
 
 
-def _of_structured_outputs(wish: StructuredOutputs) -> str | None:
+def _of_structured_outputs(wish: StructuredOutputs) -> Content | None:
     found = [
         *([] if wish.json_ is None else [_of_json(wish.json_)]),
         *([any_object_content()] if wish.json_object else []),
@@ -88,15 +91,14 @@ def _of_structured_outputs(wish: StructuredOutputs) -> str | None:
     return found[0] if found else None
 
 
-def _of_json(schema: JsonObject | str) -> str:
+def _of_json(schema: JsonObject | str) -> Content:
     if isinstance(schema, str):
-        if len(schema) > MOST_GRAMMAR_BYTES:
-            raise ValueError(f"its schema is longer than {MOST_GRAMMAR_BYTES} characters")
+        check_size(schema)
         return json_text_content(schema)
     return json_content(schema)
 
 
-def _of_choice(choices: list[str]) -> str:
+def _of_choice(choices: list[str]) -> Content:
     if not choices:
         raise ValueError("it leaves nothing to choose")
     return choice_content(choices)
@@ -117,6 +119,11 @@ def calls_wish(body: ChatRequest, form: ToolFormat) -> Calls | None:
         raise RequestError("tool_choice required needs tools", "tool_choice")
     if not tools or choice == "none":
         return None
+    for i, tool in enumerate(tools):
+        kind = (tool.function.parameters or {}).get("type", "object")
+        if kind != "object":
+            field = f"tools[{i}].function.parameters"
+            raise RequestError(f"{field}: arguments are an object, not {kind!r:.60}", field)
     return Calls(
         [
             Tool(tool.function.name, tool.function.parameters, tool.function.strict is True)
@@ -128,8 +135,26 @@ def calls_wish(body: ChatRequest, form: ToolFormat) -> Calls | None:
     )
 
 
-@lru_cache(maxsize=64)
-def check_once(grammar: str, param: str | None) -> None:
-    """`check_grammar`, of which the good ones are remembered: clients send theirs with every
-    request."""
-    check_grammar(grammar, param)
+def vet(grammar: str, vetting: Vetting, param: str | None) -> None:
+    """Raises `RequestError`, with the field that it came from, for a grammar that cannot be
+    used."""
+    try:
+        check_size(grammar)
+        vetting.check(grammar)
+    except RequestError as error:
+        raise RequestError(str(error), param) from None
+
+
+def loosened(calls: Calls, vetting: Vetting) -> Calls:
+    """Without the schemas that no grammar can keep to, of tools that are not strict: their
+    arguments are then any object."""
+    return replace(calls, tools=[_loosened(tool, vetting) for tool in calls.tools])
+
+
+def _loosened(tool: Tool, vetting: Vetting) -> Tool:
+    if not tool.strict:
+        try:
+            vet(arguments_grammar(tool), vetting, None)
+        except RequestError:
+            return replace(tool, parameters={"additionalProperties": True})
+    return tool

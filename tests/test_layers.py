@@ -34,7 +34,7 @@ HOMES = {
     ),
     "prometheus_client": ("serving.metrics",),
     **dict.fromkeys(("grafana_api", "requests"), ("serving.grafana",)),
-    "llguidance": ("actors.grammar",),
+    "llguidance": ("actors.grammar", "actors.vetting"),
     "triton": ("sharding.kernels.triton*",),
     "fastapi": tuple(f"serving.{name}" for name in HTTP),
     "starlette": tuple(f"serving.{name}" for name in HTTP),

@@ -19,7 +19,6 @@ from actors.grammar import (
     Constraint,
     Grammars,
     calmed,
-    check_grammar,
     from_gbnf,
 )
 from actors.request import LENGTH, STOP, GenerateRequest
@@ -172,12 +171,6 @@ def test_a_grammar_that_cannot_be_used_is_refused_in_words(grammar: str, words: 
         Grammars(lambda: BPE).compile(grammar)
 
 
-def test_the_field_at_fault_is_named() -> None:
-    with pytest.raises(RequestError) as caught:
-        check_grammar("start: /(/", "guided_regex")
-    assert caught.value.param == "guided_regex"
-
-
 def test_a_model_that_cannot_end_an_answer_is_not_guided() -> None:
     metadata = {k: v for k, v in bpe_vocabulary().items() if not k.endswith("eos_token_id")}
     names = metadata["tokenizer.ggml.tokens"]
@@ -238,7 +231,7 @@ def test_answers_are_the_same_for_any_stages_and_chunks_and_together(
 def test_answers_are_the_same_over_a_pipeline_that_breaks(
     alone: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with breaking(monkeypatch, {9, 40, 71}, context=512, kv=8192) as engine:
+    with breaking(monkeypatch, {3, 12, 24}, context=512, kv=8192) as engine:
         found = [tokens_of(events) for events in collect(engine, requests(range(5)))]
         assert engine.stats().epoch == 3
     with breaking(monkeypatch, set(), context=512, kv=8192) as engine:

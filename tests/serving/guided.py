@@ -11,12 +11,16 @@ import numpy as np
 
 from actors.grammar import Grammars
 from actors.request import LENGTH, STOP, Event, GenerateRequest
+from actors.vetting import Vetting
 from serving.http import create_app
 from serving.service import Service
 from sharding.batch import Choice
 from sharding.gguf.tokenizer import Tokenizer
 from tests.serving.fakes import MODEL, ScriptedEngine, World
 from tests.tiny_gguf import bpe_vocabulary
+
+VETTING = Vetting()
+"""One reader for all: each takes most of a second to start."""
 
 TALK = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
 
@@ -78,7 +82,7 @@ class GuidedWorld(World):
     def __init__(self, template: str = TALK, *control: str) -> None:
         self.tokenizer = tokenizer(template, *control)
         self.engine: GuidedEngine = GuidedEngine(self.tokenizer)
-        self.service = Service(MODEL, self.tokenizer, self.engine)
+        self.service = Service(MODEL, self.tokenizer, self.engine, VETTING)
         self.app = create_app(self.service)
 
     @property

@@ -144,11 +144,83 @@ def test_the_openai_client_parses_what_it_asked_for(world: GuidedWorld) -> None:
 
 
 @pytest.mark.timeout(60)
-def test_a_grammar_that_never_ends_ends_with_its_tokens(world: GuidedWorld) -> None:
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        'start: "a" /x+/ /x+/',
+        '%llguidance {"no_forcing": false}\nstart: "a" /x+/ /x+/',
+        'start: content\ncontent: "a" /x+/ /x+/',
+    ],
+)
+def test_a_grammar_that_never_ends_ends_with_its_tokens(world: GuidedWorld, grammar: str) -> None:
     """Nothing but x can follow, for ever: who looks where that ends does not come back."""
-    choice = world.chat(grammar='start: "a" /x+/ /x+/', max_tokens=9).json()["choices"][0]
-    assert re.fullmatch("ax{8,}", choice["message"]["content"])
-    assert choice["finish_reason"] == "length"
+    choices = [
+        world.chat(grammar=grammar, max_tokens=9).json()["choices"][0],
+        world.complete(grammar=grammar, max_tokens=9).json()["choices"][0],
+    ]
+    for choice in choices:
+        assert choice["finish_reason"] == "length"
+    assert re.fullmatch("ax{8,}", choices[0]["message"]["content"])
+    assert re.fullmatch("ax{8,}", choices[1]["text"])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"grammar": 'content: "a" /x+/ /x+/'},
+        {"grammar": '{"grammars": [{"lark_grammar": "start: \\"a\\" /x+/ /x+/"}]}'},
+        {
+            "grammar": "start: a0\n"
+            + "\n".join(f"a{i}: a{i + 1}" for i in range(3000))
+            + '\na3000: "x"'
+        },
+        {
+            "json_schema": {
+                "$ref": "#/$defs/d0",
+                "$defs": {
+                    **{f"d{i}": {"allOf": [{"$ref": f"#/$defs/d{i + 1}"}]} for i in range(1500)},
+                    "d1500": {},
+                },
+            }
+        },
+        {"json_schema": {"type": "integer", "multipleOf": 9999991}},
+        {"grammar": "root ::= a0\n" + "\n".join(f"a{i} ::= a{i + 1}" for i in range(3000))},
+    ],
+    ids=["own rule", "own notation", "chain", "references", "multiple", "GBNF chain"],
+)
+def test_what_would_end_or_stop_a_server_is_refused(
+    world: GuidedWorld, fields: dict[str, Any]
+) -> None:
+    """It ends a process that nobody misses, and the next one is read."""
+    for answer in (world.chat(**fields), world.complete(**fields)):
+        assert answer.status_code == 400
+        assert error_of(answer)["param"] == [*fields][0]
+    assert world.chat(guided_choice=["yes"]).json()["choices"][0]["message"]["content"] == "yes"
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [({"guided_choice": [""]}, ""), ({"guided_regex": ""}, ""), ({"grammar": 'start: ""'}, "")],
+)
+def test_what_is_complete_at_once_says_nothing(
+    world: GuidedWorld, fields: dict[str, Any], text: str
+) -> None:
+    if fields == {"guided_regex": ""}:
+        fields = {"structured_outputs": {"regex": ""}}
+    choice = world.chat(**fields).json()["choices"][0]
+    assert (choice["message"]["content"], choice["finish_reason"]) == (text, "stop")
+
+
+def test_rules_of_llama_cpp_give_back_what_a_later_rule_needs(world: GuidedWorld) -> None:
+    """Its own grammar for arithmetic: a number takes spaces behind it, and a line ends with one."""
+    world.engine.begin = "a +1= 3\n"
+    grammar = (
+        'root  ::= (expr "=" ws term "\\n")+\nexpr  ::= term ([-+*/] term)*\n'
+        'term  ::= ident | num | "(" ws expr ")" ws\nident ::= [a-z] [a-z0-9_]* ws\n'
+        "num   ::= [0-9]+ ws\nws    ::= [ \\t\\n]*"
+    )
+    content = world.chat(grammar=grammar, max_tokens=200).json()["choices"][0]["message"]["content"]
+    assert content.startswith("a +1= 3\n")
 
 
 def test_words_about_a_schema_are_no_part_of_it(world: GuidedWorld) -> None:

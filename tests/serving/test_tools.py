@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from typing import Any
 
 import openai
@@ -17,6 +18,7 @@ from openai.types.chat import (
 )
 from pydantic import TypeAdapter
 
+from actors.grammar import Grammars
 from tests.serving.fakes import error_of, frames
 from tests.serving.guided import TALK, GuidedWorld
 
@@ -206,15 +208,50 @@ WARM = json.dumps({"name": "get_weather", "arguments": {"city": "Osl\u00f8"}}, e
 CALLED = f'[a|{WARM}][b|{{"name": "now", "arguments": {{}}}}]'
 
 
-@pytest.mark.parametrize("form", ["hermes", "mistral", "args", "llama"])
-def test_a_template_that_knows_tools_gets_them_as_openai_has_them(form: str) -> None:
+def test_a_template_that_knows_tools_gets_them_as_openai_has_them() -> None:
     """Arguments as objects: most templates would quote a text once more."""
-    world = GuidedWorld(FORMS[form], *MARKERS)
+    world = GuidedWorld(HERMES, *MARKERS)
     assert world.chat(messages=ROUND, tools=TOOLS).status_code == 200
     assert world.prompt == (
         f"{TOLD}system:Be brief.;user:Oslo?;assistant:{CALLED};tool:warm;tool:noon;"
         "assistant:Warm.;user:Thanks;"
     )
+
+
+@pytest.mark.parametrize("form", ["mistral", "args"])
+def test_ids_are_made_as_a_template_takes_them(form: str) -> None:
+    """Nine letters, for calls and their results alike; those that are so stay."""
+    world = GuidedWorld(FORMS[form] + "{% for m in messages %}<{{ m.tool_call_id }}>{% endfor %}")
+    messages = json.loads(json.dumps(ROUND).replace('"b"', '"abcdefgh9"'))
+    assert world.chat(messages=messages, tools=TOOLS).status_code == 200
+    first, second = re.findall(r"\[(\w+)\|", world.prompt)
+    assert re.fullmatch("[0-9a-f]{9}", first) and second == "abcdefgh9"
+    assert f"<{first}><abcdefgh9>" in world.prompt
+
+
+def test_a_template_of_single_calls_gets_them_one_by_one() -> None:
+    world = GuidedWorld(LLAMA)
+    assert world.chat(messages=ROUND, tools=TOOLS).status_code == 200
+    weather, now = CALLED.split("][")
+    assert world.prompt == (
+        f"{TOLD}system:Be brief.;user:Oslo?;assistant:{weather}];tool:warm;assistant:[{now};"
+        "tool:noon;assistant:Warm.;user:Thanks;"
+    )
+
+
+def test_a_template_that_prints_no_calls_gets_them_in_its_own_words() -> None:
+    template = PHI.replace("tool_calls", "nothing")
+    world = GuidedWorld(template, *MARKERS)
+    assert world.chat(messages=ROUND, tools=TOOLS).status_code == 200
+    assert f"assistant:<|tool_call|>[{WARM}, {{" in world.prompt
+
+
+def test_a_template_that_prints_no_tools_is_told_in_words() -> None:
+    """It looks like one that knows them, under another name for instance."""
+    template = SHOWS + "{# <tool_call></tool_call> tools #}"
+    world = GuidedWorld(template)
+    assert world.chat(messages=ROUND, tools=TOOLS).status_code == 200
+    assert "You can call these functions" in world.prompt
 
 
 def test_a_template_that_looks_for_tools_in_the_system_message_finds_them_there() -> None:
@@ -263,8 +300,8 @@ def test_a_template_that_knows_no_tools_is_told_in_words() -> None:
         ),
         (
             {"tools": [{"type": "function", "function": {"name": "x", "parameters": {"type": 1}}}]},
-            "tools",
-            "cannot be used",
+            "tools[0].function.parameters",
+            "arguments are an object, not 1",
         ),
         (
             {
@@ -355,3 +392,59 @@ def test_thoughts_of_a_call_are_no_call() -> None:
     message = world.chat(tools=TOOLS, max_tokens=100).json()["choices"][0]["message"]
     assert message["reasoning_content"] == "I could <tool_call> it."
     assert message["content"].startswith("No.")
+
+
+def test_what_the_user_says_to_results_is_one_message_with_them() -> None:
+    """Templates that want turns would refuse two of the user in a row."""
+    world = GuidedWorld(SHOWS)
+    messages = [*ROUND[1:4], {"role": "user", "content": "And?"}]
+    assert world.chat(messages=messages).status_code == 200
+    assert world.prompt.endswith("user:<tool_response>\nwarm\n</tool_response>\nAnd?;")
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"$ref": "#/$defs/place", "$defs": {"place": WEATHER["function"]["parameters"]}},
+        {"anyOf": [WEATHER["function"]["parameters"]]},
+        {"type": "object", "properties": None, "required": None},
+        {"type": "object", "properties": {"city": {"type": "string", "pattern": "^(?!a)b"}}},
+        {"type": "object", "properties": {"n": {"type": "integer", "multipleOf": 9999991}}},
+    ],
+)
+def test_schemas_of_other_makers(parameters: dict[str, object]) -> None:
+    """Also those that no grammar can hold, or that would take minutes to read."""
+    tool = {"type": "function", "function": {"name": "x", "parameters": parameters}}
+    world = GuidedWorld(HERMES)
+    world.engine.begin = '<tool_call>\n{"name": "x", "arguments": {'
+    answer = world.chat(tools=[tool], tool_choice="required", max_tokens=400, seed=1)
+    assert answer.status_code == 200, answer.json()
+    (call, *_) = answer.json()["choices"][0]["message"]["tool_calls"]
+    assert call["function"]["name"] == "x" and call["function"]["arguments"].startswith("{")
+
+
+def test_a_marker_that_content_spells_is_content() -> None:
+    """In JSON of a schema; and where the marker is a token, in any text as far as grammars go."""
+    says = '{"a": "x <tool_call> y"}'
+    world = GuidedWorld(HERMES)
+    world.engine.begin = says
+    fields: dict[str, Any] = {"tools": TOOLS, "response_format": {"type": "json_object"}}
+    for stream in (False, True):
+        answer = world.chat(**fields, stream=stream)
+        if stream:
+            deltas = [chunk["choices"][0]["delta"] for chunk in frames(answer)[:-1]]
+            assert "".join(delta.get("content", "") for delta in deltas) == says
+        else:
+            assert answer.json()["choices"][0]["message"]["content"] == says
+    world = GuidedWorld(MISTRAL, *MARKERS)
+    world.engine.begin = "[TOOL"
+    world.chat(tools=TOOLS, max_tokens=30)
+    grammar = world.engine.requests[-1].grammar
+    spelled = world.tokenizer.encode("x [TOOL_CALLS] y", add_special=False, parse_special=False)
+    constraint = Grammars(lambda: world.tokenizer).compile(grammar)
+    for token in spelled:
+        if not constraint.allowed[token // 8] >> token % 8 & 1:
+            break
+        constraint.take(token, 0)
+    else:
+        raise AssertionError("the marker could be spelled")
