@@ -7,9 +7,11 @@ of computing, little memory and less stack than those who read the grammar after
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import threading
@@ -22,8 +24,9 @@ from sharding.errors import BusyError, RequestError
 CPU_S = 2
 """To read one grammar. One of a hundred tools takes a twentieth of a second."""
 
-_MEMORY_BYTES = 1 << 30
+_MEMORY_MIB = 1024
 _STACK_BYTES = 4 << 20
+_DYING_S = 1.0
 _PATIENCE_S = 20.0  # of a machine that has much else to do
 _KEPT = 256
 
@@ -58,30 +61,38 @@ class Vetting:
     def close(self) -> None:
         """End the reader."""
         with self._lock:
+            if self._reader is not None:
+                self._reader.kill()
             self._end()
 
     def _ask(self, grammar: str) -> str:
         """What is wrong with a grammar; empty for nothing."""
         if (known := self._known.get(grammar)) is not None:
             return known
-        if self._reader is None or self._reader.poll() is not None:
-            self._reader = _start()
+        if self._reader is not None and self._reader.poll() is not None:
+            self._end()
+        self._reader = self._reader or _start()
         told = _exchange(self._reader, grammar)
         if told is None:
-            self._end()
-            told = (
-                f"to read it takes more than {CPU_S} s, {_MEMORY_BYTES >> 20} MiB or a deep stack"
-            )
+            told = f"to read it takes more than {CPU_S} s, {_MEMORY_MIB} MiB or a deep stack"
+            if self._end() == -signal.SIGKILL:  # somebody else's doing: not to be held against it
+                return told
         self._known[grammar] = told
         if len(self._known) > _KEPT:
             self._known.popitem(last=False)
         return told
 
-    def _end(self) -> None:
+    def _end(self) -> int:
+        """The reader's status, if it has ended or is about to by itself."""
+        status = 0
         if self._reader is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                status = self._reader.wait(_DYING_S)
             self._reader.kill()
-            self._reader.communicate()
+            with contextlib.suppress(BrokenPipeError):  # what it was told and did not read
+                self._reader.communicate()
             self._reader = None
+        return status
 
 
 def _start() -> subprocess.Popen[str]:
@@ -129,7 +140,7 @@ def main() -> None:
             matcher.compute_bitmask()
         complaint.append(brief(matcher.get_error()) if matcher.is_error() else "")
 
-    resource.setrlimit(resource.RLIMIT_AS, (_used_bytes() + _MEMORY_BYTES,) * 2)
+    resource.setrlimit(resource.RLIMIT_AS, (_used_bytes() + (_MEMORY_MIB << 20),) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     threading.stack_size(_STACK_BYTES)
     for line in sys.stdin:

@@ -22,11 +22,7 @@ def vetting() -> Iterator[Vetting]:
 
 
 def test_a_grammar_that_can_be_used_is(vetting: Vetting) -> None:
-    for grammar in (
-        'start: "a" | /b+/',
-        "start: <[151668]> /x/",
-        'start: %json {"type": "object"}',
-    ):
+    for grammar in ('start: "a" | /b+/', "start: <[151668]> /x/", "start: %json {}"):
         vetting.check(grammar)
 
 
