@@ -33,6 +33,7 @@ OF_FILE = {
     "avx2.cpp": ["-O3", *(AVX2 if X86 else [])],
     "portable.cpp": ["-O2", "-ftree-vectorize"],
     "weight.cpp": ["-O3"],
+    "experts.cpp": ["-O3"],
     "nb_combined.cpp": ["-Os"],
 }
 

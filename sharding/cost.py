@@ -6,6 +6,7 @@ integer arithmetic in bytes; activations are an upper bound, explained term by t
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from sharding.errors import CorruptFileError
 from sharding.model.arch import ModelShape
-from sharding.model.tensors import gate_up_tensors, qkv_tensors
+from sharding.model.tensors import matrices
 
 if TYPE_CHECKING:
     from sharding.gguf.reader import TensorInfo
@@ -38,7 +39,6 @@ SAMPLER_BYTES_PER_TOKEN = 96
 """Per vocabulary entry of the one row being drawn: twelve float64 or int64 vectors (adjusted and
 scaled logits, ids, weights, running sum, hash words and their temporaries, noise)."""
 
-_OTHERS = ("attn_norm.weight", "attn_output.weight", "ffn_norm.weight", "ffn_down.weight")
 _EMBEDDING, _FINAL_NORM, _HEAD = "token_embd.weight", "output_norm.weight", "output.weight"
 
 
@@ -70,11 +70,12 @@ def packed_resident(info: TensorInfo) -> int:
     """Bytes in memory under the CPU kernels: quantised as in the file, float32 if a vector."""
     if len(info.shape) == 1:
         return FP32_BYTES * info.elements
-    format = info.format
+    format, rows, experts = info.format, info.shape[1], math.prod(info.shape[2:])
     columns = max(CHUNK_COLUMNS, format.block_elements)
     unit_bytes = columns // format.block_elements * format.block_bytes
     unit_bytes += _UNPACKED_SCALE_BYTES.get(format.name, 0)
-    return -(-info.rows // PANEL_ROWS) * PANEL_ROWS * -(-info.cols // columns) * unit_bytes
+    whole_rows = experts * -(-rows // PANEL_ROWS) * PANEL_ROWS
+    return whole_rows * -(-info.cols // columns) * unit_bytes
 
 
 def gpu_workspace_bytes(shape: ModelShape, chunk_tokens: int) -> int:
@@ -177,10 +178,15 @@ def model_costs(
 
 
 def _required(shape: ModelShape) -> list[str]:
-    matrices = *qkv_tensors(shape.family), *gate_up_tensors(shape.family)
-    parts = (*_OTHERS, *matrices)
+    parts = ("attn_norm.weight", "ffn_norm.weight", *matrices(shape))
     blocks = [f"blk.{layer}.{part}" for layer in range(shape.layers) for part in parts]
     return [_EMBEDDING, *blocks, _FINAL_NORM]
+
+
+def _feed_forward_width(shape: ModelShape) -> int:
+    """Products of a token with a layer's feed-forward, for each element of its hidden state: of
+    experts only those that it takes count."""
+    return 3 * shape.ffn * max(1, shape.experts_used) + shape.experts
 
 
 def even_depth(shape: ModelShape) -> int:
@@ -189,8 +195,8 @@ def even_depth(shape: ModelShape) -> int:
     grow, so they do not count."""
     attention = 2 * shape.q_features + 2 * shape.kv_features
     growing = shape.layers - shape.windows_within(0, shape.layers)
-    matrices = shape.layers * shape.hidden * (attention + 3 * shape.ffn)
-    return matrices // (growing * 2 * shape.q_features)
+    products = shape.layers * shape.hidden * (attention + _feed_forward_width(shape))
+    return products // (growing * 2 * shape.q_features)
 
 
 def activation_bytes(
@@ -205,13 +211,18 @@ def activation_bytes(
     Everything is float32, one layer at a time. Per token: three hidden states (the residual stream,
     its normalised copy, the output to be added); queries, keys, values and attention's output,
     which is as wide as the queries; gate and up, the activated gate and the product. Attention and
-    feed-forward never live at once; adding both pays for the rotations' temporaries. Per stage: the
-    kernels' workspace. The `last` stage adds up to `LOGIT_ROWS` rows of logits, as many of
+    feed-forward never live at once; adding both pays for the rotations' temporaries. In a mixture a
+    token counts once for each expert that it takes, with its hidden state, which is copied,
+    prepared and multiplied there, and it has logits of all experts. Per stage: the kernels'
+    workspace. The `last` stage adds up to `LOGIT_ROWS` rows of logits, as many of
     log-probabilities, and the sampler's copies of one row.
     """
     attention = 2 * shape.q_features + 2 * shape.kv_features
-    per_token = FP32_BYTES * (3 * shape.hidden + attention + 4 * shape.ffn)
-    total = chunk_tokens * per_token + workspace_bytes
+    numbers = 3 * shape.hidden + attention + 4 * shape.ffn
+    if shape.experts:
+        taken = shape.experts_used * (3 * shape.hidden + 4 * shape.ffn)
+        numbers = 3 * shape.hidden + attention + taken + shape.experts
+    total = chunk_tokens * FP32_BYTES * numbers + workspace_bytes
     if last:
         rows = min(LOGIT_ROWS, chunk_tokens)
         total += shape.vocab * (2 * rows * FP32_BYTES + SAMPLER_BYTES_PER_TOKEN)

@@ -18,9 +18,9 @@ from sharding.cost import (
     model_costs,
     packed_resident,
 )
-from sharding.errors import ConfigError
+from sharding.errors import ConfigError, UnsupportedModelError
 from sharding.gguf.reader import GGUFFile, TensorInfo
-from sharding.kernels import cpu_kernels
+from sharding.kernels import NO_MIXTURES, cpu_kernels
 from sharding.kernels.planes import planes_resident
 from sharding.model.arch import read_shape
 from sharding.model.rotation import Stretch
@@ -90,6 +90,8 @@ def plan_model(file: GGUFFile, devices: Sequence[Device], wanted: Wanted) -> Mod
     kernels = cpu_kernels() if wanted.kernels == "auto" else wanted.kernels
     chunk = wanted.chunk or CHUNKS[kernels]
     on_gpu = kernels == "triton"
+    if on_gpu and shape.experts:
+        raise UnsupportedModelError(f"{file.paths[0]}: {NO_MIXTURES}")
     workspace_bytes = gpu_workspace_bytes(shape, chunk) if on_gpu else WORKSPACE_BYTES
     costs = model_costs(shape, file.tensors, RESIDENT[kernels], workspace_bytes)
     largest = largest_context(costs, devices, chunk)

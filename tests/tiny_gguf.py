@@ -7,6 +7,7 @@ of random weights with a working tokenizer, in milliseconds. Not here: reading. 
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -133,7 +134,8 @@ class TinyModel(msgspec.Struct, forbid_unknown_fields=True):
     `family`: the architecture, with whatever else its blocks have. `head_dim`: hidden / heads by
     default. `vocab`: entries, filled up with unused tokens; as few as the tokenizer needs by
     default. `quant`: format of all matrices but the embedding, which is Q8_0 beside quantised ones.
-    `longrope`: factors for long and for short contexts. `tied`: no `output.weight`.
+    `longrope`: factors for long and for short contexts. `experts`: feed-forwards are mixtures of so
+    many of width `ffn`, of which a token takes `experts_used`. `tied`: no `output.weight`.
     `chat_template`: None for none. `extra_metadata`: keys to add or replace, or to drop where the
     value is None.
     """
@@ -145,6 +147,8 @@ class TinyModel(msgspec.Struct, forbid_unknown_fields=True):
     kv_heads: int = 2
     head_dim: int | None = None
     ffn: int = 96
+    experts: int = 0
+    experts_used: int = 2
     vocab: int | None = None
     context: int = 256
     quant: str = "Q4_1"
@@ -184,6 +188,10 @@ def _metadata(model: TinyModel) -> dict[str, Any]:
         "attention.layer_norm_rms_epsilon": 1e-5,
         "rope.dimension_count": head_dim,
     }
+    if model.experts:
+        sizes |= {"expert_count": model.experts, "expert_used_count": model.experts_used}
+    if model.family in _OWN_EXPERT_WIDTH:  # the other one is of layers that have no experts
+        sizes |= {"expert_feed_forward_length": model.ffn, "feed_forward_length": 3 * model.ffn}
     if model.head_dim is not None:
         sizes["attention.key_length"] = sizes["attention.value_length"] = head_dim
     return {
@@ -198,7 +206,8 @@ def _metadata(model: TinyModel) -> dict[str, Any]:
 
 _FUSED = ("phi3",)
 _QKV_BIAS = ("qwen2",)
-_HEAD_NORMS = ("qwen3", "gemma3")
+_HEAD_NORMS = ("qwen3", "qwen3moe", "gemma3")
+_OWN_EXPERT_WIDTH = ("qwen3moe",)
 _POST_NORMS = ("gemma3",)
 
 
@@ -217,7 +226,8 @@ def _tensors(model: TinyModel, vocab: int) -> dict[str, Tensor]:
         for name, vector in norms.items():
             tensors[f"blk.{layer}.{name}.weight"] = _vector(rng, vector)
         for name, shape in matrices.items():
-            tensors[f"blk.{layer}.{name}.weight"] = random_weight(rng, shape, model.quant)
+            quant = "F32" if name == ROUTER else model.quant
+            tensors[f"blk.{layer}.{name}.weight"] = random_weight(rng, shape, quant)
             if model.family in _QKV_BIAS and name in ("attn_q", "attn_k", "attn_v"):
                 tensors[f"blk.{layer}.{name}.bias"] = _vector(rng, shape[1:], around=0.0)
     return tensors
@@ -227,7 +237,10 @@ def _head_dim(model: TinyModel) -> int:
     return model.head_dim or model.hidden // model.heads
 
 
-def _layer_matrices(model: TinyModel) -> dict[str, tuple[int, int]]:
+ROUTER = "ffn_gate_inp"
+
+
+def _layer_matrices(model: TinyModel) -> dict[str, tuple[int, ...]]:
     hidden, ffn = model.hidden, model.ffn
     queries, keys = (_head_dim(model) * heads for heads in (model.heads, model.kv_heads))
     if model.family in _FUSED:
@@ -237,14 +250,23 @@ def _layer_matrices(model: TinyModel) -> dict[str, tuple[int, int]]:
             "ffn_up": (hidden, 2 * ffn),
             "ffn_down": (ffn, hidden),
         }
+    dense = {"ffn_gate": (hidden, ffn), "ffn_up": (hidden, ffn), "ffn_down": (ffn, hidden)}
     return {
         "attn_q": (hidden, queries),
         "attn_k": (hidden, keys),
         "attn_v": (hidden, keys),
         "attn_output": (queries, hidden),
-        "ffn_gate": (hidden, ffn),
-        "ffn_up": (hidden, ffn),
-        "ffn_down": (ffn, hidden),
+        **(_experts(model) if model.experts else dense),
+    }
+
+
+def _experts(model: TinyModel) -> dict[str, tuple[int, ...]]:
+    hidden, ffn, experts = model.hidden, model.ffn, model.experts
+    return {
+        ROUTER: (hidden, experts),
+        "ffn_gate_exps": (hidden, ffn, experts),
+        "ffn_up_exps": (hidden, ffn, experts),
+        "ffn_down_exps": (ffn, hidden, experts),
     }
 
 
@@ -273,9 +295,9 @@ def _vector(rng: np.random.Generator, shape: tuple[int, ...], around: float = 1.
     return rng.normal(around, 0.1, shape).astype(np.float32), shape, "F32"
 
 
-def random_weight(rng: np.random.Generator, shape: tuple[int, int], format_name: str) -> Tensor:
-    """A matrix that keeps the size of what it multiplies: deviation 1 / sqrt(columns)."""
-    cols, rows = shape
+def random_weight(rng: np.random.Generator, shape: tuple[int, ...], format_name: str) -> Tensor:
+    """Matrices that keep the size of what they multiply: deviation 1 / sqrt(columns)."""
+    cols, rows = shape[0], math.prod(shape[1:])
     kind = gguf.GGMLQuantizationType[format_name]
     if format_name not in _SCALES:
         values = rng.standard_normal((rows, cols), np.float32) / np.float32(np.sqrt(cols))

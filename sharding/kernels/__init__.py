@@ -28,6 +28,13 @@ log = logging.getLogger("longspan.kernels")
 
 KERNEL_SETS = ("cpu", "reference", "triton")
 
+NO_MIXTURES = (
+    "mixtures of experts are computed by the kernels for CPUs alone, not by those for GPUs: use "
+    "--kernels cpu"
+)
+"""What the set "triton" says of one, also where "auto" chose that set: its user may have counted on
+the GPU."""
+
 # Shares of free memory that stages may plan with. The rest is for Ray, Serve and the system; on a
 # GPU for what its driver takes for each kernel and library that is loaded.
 _HOST_SHARE = 0.8
@@ -38,7 +45,7 @@ if TYPE_CHECKING:
 
     from sharding.batch import Choice, SamplingParams
     from sharding.gguf.reader import GGUFFile
-    from sharding.kernels.block_weights import BlockWeights, HeadWeights
+    from sharding.kernels.block_weights import BlockWeights, ExpertWeights, HeadWeights
     from sharding.model.arch import Activation
     from sharding.model.attention import BatchIndex
     from sharding.model.kv_cache import LayerPages
@@ -70,10 +77,10 @@ class Layers(Protocol):
         """Hidden states `[T, I]` after all blocks; writes the batch's keys and values.
 
         Of each block: `x += attention(rms_norm(x) @ qkv.T) @ attn_output.T`, then
-        `x += gated(rms_norm(x) @ gate_up.T) @ ffn_down.T`, what is added normed first where the
-        block has post norms. With `wanted`, ascending, only those rows come back: the last block
-        need not compute more of the others than keys and values. `x_TI` may be overwritten, and may
-        be what comes back.
+        `x += gated(rms_norm(x) @ gate_up.T) @ down.T`, or a mixture of experts; what is added
+        normed first where the block has post norms. With `wanted`, ascending, only those rows come
+        back: the last block need not compute more of the others than keys and values. `x_TI` may be
+        overwritten, and may be what comes back.
         """
 
 
@@ -103,6 +110,13 @@ class Kernels(Protocol):
         """Load tensors of equal `cols`, stacked by rows, in the order of `names`.
 
         Raises `UnsupportedModelError` for a quantisation format that this set does not compute.
+        """
+
+    def pack_experts(self, file: GGUFFile, names: Sequence[str]) -> Sequence[Weight]:
+        """Load tensors `[cols, rows, experts]`: of each expert its matrices, stacked by rows in the
+        order of `names`.
+
+        Raises `UnsupportedModelError` as `pack` does, and where this set computes no mixtures.
         """
 
     def embed(
@@ -153,6 +167,20 @@ class Kernels(Protocol):
     def gated(self, gate_up_T2F: torch.Tensor, activation: Activation = "silu") -> torch.Tensor:
         """`activation(gate) * up`, `[T, F]` (Shazeer, 2020). "gelu" is its approximation by tanh
         (Hendrycks and Gimpel, 2016), as those models were trained with."""
+
+    def mix_experts(
+        self,
+        x_TI: torch.Tensor,
+        experts: ExpertWeights,
+        activation: Activation = "silu",
+        residual_TI: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`residual + sum of weight * gated(x @ gate_up.T) @ down.T`, `[T, I]`, over the experts
+        that each token takes, in ascending order (Shazeer and others, 2017).
+
+        Those are the largest of `x @ router.T`, the first of equals, and their weights the softmax
+        over them alone: the same as one over all, divided by what the chosen have of it.
+        """
 
     def draw(
         self,

@@ -44,6 +44,12 @@ class Batch:
         adjacent: bool,
     ) -> None: ...
 
+class FeedForward:
+    def __init__(
+        self, router: Weight | None, gate_up: list[Weight], down: list[Weight], used: int
+    ) -> None:
+        """One pair of matrices, or, with a router, one for each expert."""
+
 class Layers:
     def __init__(self, kernels: Kernels) -> None: ...
     def append(
@@ -52,8 +58,7 @@ class Layers:
         eps: float,
         qkv: Weight,
         output: Weight,
-        gate_up: Weight,
-        down: Weight,
+        feed: FeedForward,
         pages: Pages,
         window: int,
         heads: Heads,
@@ -79,6 +84,19 @@ class Kernels:
         self, x: int, tokens: int, width: int, scale: int, eps: float, residual: int, y: int
     ) -> None: ...
     def gated(self, x: int, tokens: int, width: int, activation: Activation, y: int) -> None: ...
+    def mix_experts(
+        self,
+        x: int,
+        tokens: int,
+        feed: FeedForward,
+        activation: Activation,
+        residual: int,
+        y: int,
+    ) -> None: ...
+    def choose_experts(
+        self, logits: int, tokens: int, experts: int, used: int, ids: int, weights: int
+    ) -> None:
+        """`ids` are int32."""
     def rotate_and_store(
         self, qkv: int, heads: Heads, rotation: int, batch: Batch, pages: Pages, q: int
     ) -> None: ...

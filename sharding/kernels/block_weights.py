@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
 
     from sharding.kernels import Weight
@@ -41,6 +43,43 @@ PLAIN_HEADS = HeadWeights()
 
 
 @dataclass(frozen=True)
+class DenseWeights:
+    """A feed-forward of one pair of matrices: gates `[2F, I]` and what they let through, `down`
+    `[I, F]`."""
+
+    gate_up: Weight
+    down: Weight
+
+    @property
+    def n_bytes(self) -> int:
+        """Resident bytes."""
+        return self.gate_up.n_bytes + self.down.n_bytes
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """A mixture of experts: expert e is `gate_up[e]` and `down[e]`, sized as in `DenseWeights`.
+
+    The router `[experts, I]` says which `used` of them a token takes.
+    """
+
+    router: Weight
+    gate_up: Sequence[Weight]
+    down: Sequence[Weight]
+    used: int
+
+    def __post_init__(self) -> None:
+        assert len(self.gate_up) == len(self.down) == self.router.rows, len(self.gate_up)
+        assert 1 <= self.used <= self.router.rows, self.used
+
+    @property
+    def n_bytes(self) -> int:
+        """Resident bytes."""
+        matrices = (self.router, *self.gate_up, *self.down)
+        return sum(weight.n_bytes for weight in matrices)
+
+
+@dataclass(frozen=True)
 class BlockWeights:
     """A decoder block's weights. Matrices with the same input are one: one pass reads them.
 
@@ -52,8 +91,7 @@ class BlockWeights:
     qkv: Weight
     attn_output: Weight
     ffn_norm_I: torch.Tensor
-    gate_up: Weight
-    ffn_down: Weight
+    feed_forward: DenseWeights | ExpertWeights
     eps: float
     window: int = 0
     heads: HeadWeights = PLAIN_HEADS
@@ -64,7 +102,7 @@ class BlockWeights:
     @property
     def n_bytes(self) -> int:
         """Resident bytes."""
-        matrices = (self.qkv, self.attn_output, self.gate_up, self.ffn_down)
+        parts = (self.qkv, self.attn_output, self.feed_forward)
         norms = (self.attn_norm_I, self.ffn_norm_I, self.attn_post_norm_I, self.ffn_post_norm_I)
         vectors = self.heads.n_bytes + sum(norm.nbytes for norm in norms if norm is not None)
-        return vectors + sum(weight.n_bytes for weight in matrices)
+        return vectors + sum(part.n_bytes for part in parts)

@@ -13,11 +13,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from sharding.kernels.block_weights import DenseWeights
+
 if TYPE_CHECKING:
     import torch
 
     from sharding.kernels import Kernels, Weight
     from sharding.kernels.block_weights import BlockWeights
+    from sharding.model.arch import Activation
     from sharding.model.attention import BatchIndex
     from sharding.model.kv_cache import LayerPages
 
@@ -68,9 +71,8 @@ class ComposedLayers:
                 x_TI, q_TX, at = x_TI[rows], q_TX[rows], at.alone(rows)
             mixed = partial(self._mixed, q_TX, at, pages, weights)
             x_TI = self._onto(x_TI, mixed, weights.attn_post_norm_I, weights.eps)
-            both_T2F = self._normed(x_TI, weights.ffn_norm_I, weights.eps, weights.gate_up)
-            gated = partial(self._gated, both_T2F, weights)
-            x_TI = self._onto(x_TI, gated, weights.ffn_post_norm_I, weights.eps)
+            fed = partial(self._fed, x_TI, weights)
+            x_TI = self._onto(x_TI, fed, weights.ffn_post_norm_I, weights.eps)
         return x_TI
 
     def _onto(
@@ -103,9 +105,24 @@ class ComposedLayers:
         mixed_TX = self.kernels.attention(q_TX, index, pages, weights.window)
         return self.kernels.matmul(mixed_TX, weights.attn_output, residual_TI)
 
+    def _fed(
+        self, x_TI: torch.Tensor, weights: BlockWeights, residual_TI: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The feed-forward, with its norm."""
+        feed, norm_I, eps = weights.feed_forward, weights.ffn_norm_I, weights.eps
+        if isinstance(feed, DenseWeights):
+            both_T2F = self._normed(x_TI, norm_I, eps, feed.gate_up)
+            return self._gated(both_T2F, weights.activation, feed.down, residual_TI)
+        normed_TI = self.kernels.rms_norm(x_TI, norm_I, eps)
+        return self.kernels.mix_experts(normed_TI, feed, weights.activation, residual_TI)
+
     def _gated(
-        self, gate_up_T2F: torch.Tensor, weights: BlockWeights, residual_TI: torch.Tensor | None
+        self,
+        gate_up_T2F: torch.Tensor,
+        activation: Activation,
+        down: Weight,
+        residual_TI: torch.Tensor | None,
     ) -> torch.Tensor:
         """A gate and the product after it."""
-        gated_TF = self.kernels.gated(gate_up_T2F, weights.activation)
-        return self.kernels.matmul(gated_TF, weights.ffn_down, residual_TI)
+        gated_TF = self.kernels.gated(gate_up_T2F, activation)
+        return self.kernels.matmul(gated_TF, down, residual_TI)

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sharding.batch import PAGE_SLOTS, Choice
-from sharding.cost import PANEL_ROWS
-from sharding.errors import COMPUTING_FAILED, ConfigError, UnsupportedModelError
+from sharding.errors import COMPUTING_FAILED, ConfigError
 from sharding.kernels.block_weights import PLAIN_HEADS
 
 try:
@@ -25,13 +24,14 @@ except ImportError as missing:
         f"the compiled CPU kernels are not installed here ({missing}); install Longspan where a "
         "C++ compiler is, or choose --kernels reference"
     ) from missing
+from sharding.kernels.cpu_weights import native_feed_forward, native_weight, pack, pack_experts
 from sharding.model.sampling import banned, draw, score
 
 if TYPE_CHECKING:
     from sharding.batch import SamplingParams
-    from sharding.gguf.reader import GGUFFile, TensorInfo
+    from sharding.gguf.reader import GGUFFile
     from sharding.kernels import Weight
-    from sharding.kernels.block_weights import BlockWeights, HeadWeights
+    from sharding.kernels.block_weights import BlockWeights, ExpertWeights, HeadWeights
     from sharding.model.arch import Activation
     from sharding.model.attention import BatchIndex, Rows
     from sharding.model.kv_cache import LayerPages
@@ -61,24 +61,11 @@ class CPUKernels:
 
     def pack(self, file: GGUFFile, names: Sequence[str]) -> Weight:
         """Repack straight from the mapped file, panel by panel on all threads."""
-        infos = [file.tensors[name] for name in names]
-        for info in infos:
-            if not info.format.computed:
-                raise UnsupportedModelError(
-                    f"tensor {info.name} has quantisation {info.format.name}, which is not computed"
-                )
-        weight = _cpu.Weight(infos[0].cols, self.native)
-        for alike in _alike(infos):
-            raws = [file.raw(info.name) for info in alike]
-            for info, raw in zip(alike, raws, strict=True):
-                assert raw.flags.c_contiguous and len(raw) == info.rows, info.name
-            weight.append(
-                alike[0].format.type_id,
-                [info.rows for info in alike],
-                [raw.ctypes.data for raw in raws],
-                raws[0].shape[1],
-            )
-        return weight
+        return pack(self.native, file, names)
+
+    def pack_experts(self, file: GGUFFile, names: Sequence[str]) -> Sequence[Weight]:
+        """A weight of its own for each expert: of those that no token takes nothing is read."""
+        return pack_experts(self.native, file, names)
 
     def embed(
         self, weight: Weight, ids: Sequence[int], out_TI: torch.Tensor | None = None
@@ -86,7 +73,7 @@ class CPUKernels:
         """One row of the packed panel that holds it."""
         y_TI = torch.empty(len(ids), weight.cols) if out_TI is None else out_TI
         assert y_TI.shape == (len(ids), weight.cols), y_TI.shape
-        self.native.embed(_own(weight), ids, _address(y_TI))
+        self.native.embed(native_weight(weight), ids, _address(y_TI))
         return y_TI
 
     def matmul(
@@ -100,7 +87,7 @@ class CPUKernels:
         if residual_TO is not None:
             assert residual_TO.shape == y_TO.shape, residual_TO.shape
             residual = _address(residual_TO)
-        self.native.matmul(_address(x_TI), tokens, _own(weight), residual, y_TO.data_ptr())
+        self.native.matmul(_address(x_TI), tokens, native_weight(weight), residual, y_TO.data_ptr())
         return y_TO
 
     def rms_norm(
@@ -158,6 +145,27 @@ class CPUKernels:
         how = _cpu.Activation[activation]
         self.native.gated(_address(gate_up_T2F), tokens, width // 2, how, y_TF.data_ptr())
         return y_TF
+
+    def mix_experts(
+        self,
+        x_TI: torch.Tensor,
+        experts: ExpertWeights,
+        activation: Activation = "silu",
+        residual_TI: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Tokens grouped by expert; few of them on one thread, many on all."""
+        assert x_TI.shape[1] == experts.router.cols, x_TI.shape
+        assert residual_TI is None or residual_TI.shape == x_TI.shape, residual_TI.shape
+        y_TI = torch.empty_like(x_TI)
+        self.native.mix_experts(
+            _address(x_TI),
+            len(x_TI),
+            native_feed_forward(experts),
+            _cpu.Activation[activation],
+            _address_if(residual_TI),
+            y_TI.data_ptr(),
+        )
+        return y_TI
 
     def draw(
         self,
@@ -238,18 +246,15 @@ class CPULayers:
     def _append(self, block: BlockWeights, pages: LayerPages) -> None:
         hidden, heads = self._hidden, block.attn_output.cols // pages.head_dim
         assert block.qkv.cols == block.attn_output.rows == hidden, block.qkv.cols
-        assert block.gate_up.cols == block.ffn_down.rows == hidden, block.gate_up.cols
         assert block.qkv.rows == (heads + 2 * pages.kv_heads) * pages.head_dim, block.qkv.rows
-        assert block.gate_up.rows == 2 * block.ffn_down.cols, block.gate_up.rows
         norms = (block.attn_norm_I, block.ffn_norm_I, block.attn_post_norm_I, block.ffn_post_norm_I)
         assert all(norm is None or len(norm) == hidden for norm in norms), norms
         self._layers.append(
             [_address_if(norm) for norm in norms],
             block.eps,
-            _own(block.qkv),
-            _own(block.attn_output),
-            _own(block.gate_up),
-            _own(block.ffn_down),
+            native_weight(block.qkv),
+            native_weight(block.attn_output),
+            native_feed_forward(block.feed_forward),
             _native_pages(heads, pages),
             block.window,
             _native_heads(block.heads, block.qkv.rows, pages.head_dim),
@@ -282,7 +287,7 @@ class CPUHead:
         assert len(norm_I) == weight.cols, norm_I.shape
         self._kept = norm_I, weight  # the C++ keeps addresses
         self._shape = weight.cols, weight.rows
-        self._head = _cpu.Head(kernels.native, _address(norm_I), eps, _own(weight))
+        self._head = _cpu.Head(kernels.native, _address(norm_I), eps, native_weight(weight))
 
     def logits(self, x_TI: torch.Tensor) -> torch.Tensor:
         """A row for each token."""
@@ -299,19 +304,6 @@ class CPUHead:
         tokens, hidden = x_TI.shape
         assert hidden == self._shape[0], x_TI.shape
         return tokens
-
-
-def _alike(infos: Sequence[TensorInfo]) -> list[list[TensorInfo]]:
-    """Runs of tensors of one format, which are one matrix to the kernels: one call computes them.
-    Only the last of a run may end within a panel."""
-    runs: list[list[TensorInfo]] = []
-    for info in infos:
-        before = runs[-1][-1] if runs else None
-        if before and before.format == info.format and before.rows % PANEL_ROWS == 0:
-            runs[-1].append(info)
-        else:
-            runs.append([info])
-    return runs
 
 
 def _native_pages(heads: int, pages: LayerPages) -> _cpu.Pages:
@@ -358,11 +350,6 @@ def _address(x: torch.Tensor) -> int:
 
 def _address_if(x: torch.Tensor | None) -> int:
     return 0 if x is None else _address(x)
-
-
-def _own(weight: Weight) -> _cpu.Weight:
-    assert isinstance(weight, _cpu.Weight), "a weight of another kernel set"
-    return weight
 
 
 def use_threads(threads: int) -> None:

@@ -24,13 +24,14 @@ from sharding.errors import COMPUTING_FAILED
 from sharding.gguf.quants import dequantise
 from sharding.kernels.block_weights import PLAIN_HEADS
 from sharding.kernels.composed import ComposedHead, ComposedLayers
+from sharding.kernels.experts import mix_experts
 from sharding.model.sampling import draw, score
 
 if TYPE_CHECKING:
     from sharding.batch import Choice, SamplingParams
     from sharding.gguf.reader import GGUFFile
     from sharding.kernels import Weight
-    from sharding.kernels.block_weights import BlockWeights, HeadWeights
+    from sharding.kernels.block_weights import BlockWeights, ExpertWeights, HeadWeights
     from sharding.model.arch import Activation
     from sharding.model.attention import BatchIndex, Rows
     from sharding.model.kv_cache import LayerPages
@@ -86,6 +87,16 @@ class ReferenceKernels:
             stacked[row : row + info.rows] = values
             row += info.rows
         return Float32Weight(stacked)
+
+    def pack_experts(self, file: GGUFFile, names: Sequence[str]) -> Sequence[Weight]:
+        """Dequantise, and stack expert by expert."""
+        stacked_ERI = [
+            torch.from_numpy(dequantise(file.tensors[name].format, file.raw(name))).unflatten(
+                0, (file.tensors[name].shape[2], -1)
+            )
+            for name in names
+        ]
+        return [Float32Weight(torch.cat(parts)) for parts in zip(*stacked_ERI, strict=True)]
 
     def embed(
         self, weight: Weight, ids: Sequence[int], out_TI: torch.Tensor | None = None
@@ -153,6 +164,16 @@ class ReferenceKernels:
         """The first half of the columns is the gate."""
         gate, up = gate_up_T2F.chunk(2, dim=-1)
         return (silu(gate) if activation == "silu" else _gelu(gate)) * up
+
+    def mix_experts(
+        self,
+        x_TI: torch.Tensor,
+        experts: ExpertWeights,
+        activation: Activation = "silu",
+        residual_TI: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Step by step."""
+        return mix_experts(self, x_TI, experts, activation, residual_TI)
 
     def draw(
         self,

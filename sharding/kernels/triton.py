@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sharding.errors import COMPUTING_FAILED, ConfigError, StageError, UnsupportedModelError
+from sharding.kernels import NO_MIXTURES
 from sharding.kernels.block_weights import PLAIN_HEADS
 from sharding.kernels.composed import ComposedHead
 from sharding.kernels.planes import PLANES
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
     from sharding.batch import Choice, SamplingParams
     from sharding.gguf.reader import GGUFFile
     from sharding.kernels import Layers, Weight
-    from sharding.kernels.block_weights import BlockWeights, HeadWeights
+    from sharding.kernels.block_weights import BlockWeights, ExpertWeights, HeadWeights
     from sharding.model.arch import Activation
     from sharding.model.attention import BatchIndex
     from sharding.model.kv_cache import LayerPages
@@ -164,6 +165,10 @@ class TritonKernels:
                 )
         return pack(file, infos, self.device)
 
+    def pack_experts(self, file: GGUFFile, names: Sequence[str]) -> Sequence[Weight]:
+        """There are no kernels for them yet."""
+        raise UnsupportedModelError(NO_MIXTURES)
+
     def embed(
         self, weight: Weight, ids: Sequence[int], out_TI: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -226,6 +231,16 @@ class TritonKernels:
     def gated(self, gate_up_T2F: torch.Tensor, activation: Activation = "silu") -> torch.Tensor:
         """The first half of the columns is the gate."""
         return triton_rows.gated(gate_up_T2F, activation)
+
+    def mix_experts(
+        self,
+        x_TI: torch.Tensor,
+        experts: ExpertWeights,
+        activation: Activation = "silu",
+        residual_TI: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """There are none: `pack_experts` refuses them."""
+        raise UnsupportedModelError(NO_MIXTURES)
 
     def draw(
         self,

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from sharding.kernels import Weight
     from sharding.kernels.block_weights import BlockWeights
     from sharding.kernels.triton import TritonKernels
+    from sharding.model.arch import Activation
     from sharding.model.attention import BatchIndex
     from sharding.model.kv_cache import LayerPages
 
@@ -64,13 +65,17 @@ class FusedLayers(ComposedLayers):
         return kernels.products.of_digits(digits, weight, residual_TI)
 
     def _gated(
-        self, gate_up_T2F: torch.Tensor, weights: BlockWeights, residual_TI: torch.Tensor | None
+        self,
+        gate_up_T2F: torch.Tensor,
+        activation: Activation,
+        down: Weight,
+        residual_TI: torch.Tensor | None,
     ) -> torch.Tensor:
-        products, weight = self.kernels.products, weights.ffn_down
-        if not _takes_digits(weight, len(gate_up_T2F)):
-            return super()._gated(gate_up_T2F, weights, residual_TI)
-        digits = products.gated_digits(gate_up_T2F, weights.activation)
-        return products.of_digits(digits, weight, residual_TI)
+        products = self.kernels.products
+        if not _takes_digits(down, len(gate_up_T2F)):
+            return super()._gated(gate_up_T2F, activation, down, residual_TI)
+        digits = products.gated_digits(gate_up_T2F, activation)
+        return products.of_digits(digits, down, residual_TI)
 
 
 class GraphedLayers:

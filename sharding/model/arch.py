@@ -16,6 +16,7 @@ from sharding.model.rotation import Rotation, Stretch, read_rotations
 
 Pairs = Literal["adjacent", "halves"]
 Activation = Literal["silu", "gelu"]
+Mixtures = Literal["never", "some", "always"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Family:
     they turn. `post_norms`: what attention and feed-forward add is normed first.
     `scaled_embedding`: by the root of the hidden size. `windows`: layers may see but a window;
     `global_every`: the last of so many sees all nevertheless, 0 if none does. `fused`: matrices
-    with the same input are one tensor in the file, too.
+    with the same input are one tensor in the file, too. `mixtures`: whether a feed-forward is a
+    mixture of experts; of "some", the file tells.
     """
 
     name: str
@@ -39,12 +41,14 @@ class Family:
     windows: bool = False
     global_every: int = 0
     fused: bool = False
+    mixtures: Mixtures = "never"
 
 
 _FAMILIES = (
-    Family("llama", "adjacent", windows=True),
+    Family("llama", "adjacent", windows=True, mixtures="some"),
     Family("qwen2", "halves"),
     Family("qwen3", "halves", head_norms=True),
+    Family("qwen3moe", "halves", head_norms=True, mixtures="always"),
     Family("phi3", "halves", windows=True, fused=True),
     Family("gemma", "halves", "gelu", scaled_embedding=True),
     Family(
@@ -62,7 +66,8 @@ class ModelShape:
     `window`: a token sees so many tokens, its own the last of them, or all if that is 0;
     `global_every`: the last of so many layers sees all nevertheless, 0 if none does. `rotations`:
     of layers that see all, then, if they differ, of those with a window. `score_scale`: attention's
-    scores are times that and 1 / sqrt(head_dim).
+    scores are times that and 1 / sqrt(head_dim). `ffn`: of each of the `experts`, if there are any,
+    of which a token takes `experts_used`.
     """
 
     family: Family
@@ -81,6 +86,8 @@ class ModelShape:
     window: int = 0
     global_every: int = 0
     score_scale: float = 1.0
+    experts: int = 0
+    experts_used: int = 0
 
     @property
     def q_features(self) -> int:
@@ -139,13 +146,29 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
 }
 """Keys of arithmetic that is not done here, and the values that ask for none of it."""
 
+_NEUTRAL_OF_MIXTURES: dict[str, tuple[object, ...]] = {
+    "expert_gating_func": (1, 0),  # softmax, or not said
+    "expert_group_count": (0, 1),
+    "expert_group_scale": (1,),
+    "expert_group_used_count": (0, 1),
+    "expert_shared_count": (0,),
+    "expert_shared_feed_forward_length": (0,),
+    "expert_weights_norm": (True,),
+    "expert_weights_scale": (1, 0),
+    "interleave_moe_layer_step": (1, 0),
+    "leading_dense_block_count": (0,),
+    "moe_every_n_layers": (1, 0),
+    "router_logit_softcapping": (0,),
+}
+"""The same where there are experts."""
+
 _RELATIVE = 1e-6  # between two ways to write a float32
 
 
 def read_shape(metadata: Metadata, stretch: Stretch | None = None) -> ModelShape:
     """Read a model's shape from GGUF metadata, with a user's rotary scaling if there is one.
 
-    Raises `UnsupportedModelError` for an architecture, scaling or expert mixture that is not
+    Raises `UnsupportedModelError` for an architecture, scaling or mixture of experts that is not
     computed here, and `CorruptFileError` for missing or impossible sizes. Keys: the GGUF
     specification's `[llm]` section.
     """
@@ -153,8 +176,7 @@ def read_shape(metadata: Metadata, stretch: Stretch | None = None) -> ModelShape
     if stretch is not None:
         metadata = stretch.onto(metadata, family.name)
     read = KeyReader(metadata, family.name)
-    if read.whole("expert_count", 0, least=0) > 0:
-        raise UnsupportedModelError(f"{family.name} with a mixture of experts is not supported")
+    experts, used, ffn = _experts(read, family)
     hidden, heads = read.whole("embedding_length"), read.whole("attention.head_count")
     kv_heads = read.whole("attention.head_count_kv", heads)
     if heads % kv_heads:
@@ -162,7 +184,7 @@ def read_shape(metadata: Metadata, stretch: Stretch | None = None) -> ModelShape
     head_dim = read.whole("attention.key_length", hidden // heads)
     if read.whole("attention.value_length", head_dim) != head_dim:
         raise UnsupportedModelError("keys and values of different head sizes are not supported")
-    _check_neutral(metadata, family, head_dim)
+    _check_neutral(metadata, family, head_dim, mixes=experts > 0)
     rope_dims = read.whole("rope.dimension_count", head_dim)
     if rope_dims > head_dim or rope_dims % 2:
         raise CorruptFileError(f"{rope_dims} rotary dimensions do not fit a head of {head_dim}")
@@ -173,7 +195,7 @@ def read_shape(metadata: Metadata, stretch: Stretch | None = None) -> ModelShape
         name=str(metadata.get("general.name") or family.name),
         layers=layers,
         hidden=hidden,
-        ffn=read.whole("feed_forward_length"),
+        ffn=ffn,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
@@ -185,13 +207,33 @@ def read_shape(metadata: Metadata, stretch: Stretch | None = None) -> ModelShape
         window=window,
         global_every=every,
         score_scale=_score_scale(family, layers, hidden / heads, head_dim),
+        experts=experts,
+        experts_used=used,
     )
 
 
-def _check_neutral(metadata: Metadata, family: Family, head_dim: int) -> None:
+def _experts(read: KeyReader, family: Family) -> tuple[int, int, int]:
+    """Experts, how many of them a token takes, and the width of each; 0, 0 and the feed-forward's
+    for a model without."""
+    always = family.mixtures == "always"
+    count = read.whole("expert_count", None if always else 0, least=1 if always else 0)
+    if count == 0:
+        return 0, 0, read.whole("feed_forward_length")
+    if family.mixtures == "never":
+        raise UnsupportedModelError(f"{family.name} with a mixture of experts is not supported")
+    used = read.whole("expert_used_count")
+    if used > count:
+        raise CorruptFileError(
+            f"{read.prefix}.expert_used_count is {used}, but there are {count} experts"
+        )
+    own = read.whole("expert_feed_forward_length", 0, least=0)
+    return count, used, own or read.whole("feed_forward_length")
+
+
+def _check_neutral(metadata: Metadata, family: Family, head_dim: int, mixes: bool) -> None:
     """Raises `UnsupportedModelError` for a key that would change what is computed."""
-    usual = {"attention.scale": (0, head_dim**-0.5)}
-    for key, neutral in (_NEUTRAL | usual).items():
+    keys = _NEUTRAL | {"attention.scale": (0, head_dim**-0.5)}
+    for key, neutral in (keys | (_NEUTRAL_OF_MIXTURES if mixes else {})).items():
         name = f"{family.name}.{key}"
         value = metadata.get(name, neutral[0])
         if not any(_equal(value, one) for one in neutral):

@@ -9,11 +9,19 @@ import torch
 
 from sharding.gguf.reader import GGUFFile
 from sharding.kernels import Kernels
-from sharding.kernels.block_weights import BlockWeights, HeadWeights
+from sharding.kernels.block_weights import (
+    BlockWeights,
+    DenseWeights,
+    ExpertWeights,
+    HeadWeights,
+)
 from sharding.model.arch import ModelShape
 from sharding.model.tensors import (
     ATTENTION_POST_NORM,
+    DOWN_EXPERTS,
     FFN_POST_NORM,
+    GATE_UP_EXPERTS,
+    ROUTER,
     gate_up_tensors,
     has_bias,
     qkv_tensors,
@@ -33,14 +41,30 @@ def load_block(file: GGUFFile, layer: int, shape: ModelShape, kernels: Kernels) 
         qkv=kernels.pack(file, [blk + name for name in qkv_tensors(family)]),
         attn_output=kernels.pack(file, [f"{blk}attn_output.weight"]),
         ffn_norm_I=norm("ffn_norm"),
-        gate_up=kernels.pack(file, [blk + name for name in gate_up_tensors(family)]),
-        ffn_down=kernels.pack(file, [f"{blk}ffn_down.weight"]),
+        feed_forward=_load_feed_forward(file, layer, shape, kernels),
         eps=shape.norm_eps,
         window=shape.window_of(layer),
         heads=_load_heads(file, layer, shape, kernels.device),
         activation=family.activation,
         attn_post_norm_I=norm(ATTENTION_POST_NORM) if family.post_norms else None,
         ffn_post_norm_I=norm(FFN_POST_NORM) if family.post_norms else None,
+    )
+
+
+def _load_feed_forward(
+    file: GGUFFile, layer: int, shape: ModelShape, kernels: Kernels
+) -> DenseWeights | ExpertWeights:
+    blk = f"blk.{layer}."
+    if not shape.experts:
+        gate_up = [blk + name for name in gate_up_tensors(shape.family)]
+        return DenseWeights(
+            kernels.pack(file, gate_up), kernels.pack(file, [f"{blk}ffn_down.weight"])
+        )
+    return ExpertWeights(
+        router=kernels.pack(file, [blk + ROUTER]),
+        gate_up=kernels.pack_experts(file, [blk + name for name in GATE_UP_EXPERTS]),
+        down=kernels.pack_experts(file, [blk + DOWN_EXPERTS]),
+        used=shape.experts_used,
     )
 
 

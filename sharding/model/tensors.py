@@ -29,6 +29,33 @@ def gate_up_tensors(family: Family) -> tuple[str, ...]:
     return ("ffn_up.weight",) if family.fused else ("ffn_gate.weight", "ffn_up.weight")
 
 
+ROUTER, DOWN_EXPERTS = "ffn_gate_inp.weight", "ffn_down_exps.weight"
+GATE_UP_EXPERTS = ("ffn_gate_exps.weight", "ffn_up_exps.weight")
+
+
+def _feed_forward(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    hidden, ffn, experts = shape.hidden, shape.ffn, shape.experts
+    if experts:
+        wide = dict.fromkeys(GATE_UP_EXPERTS, (hidden, ffn, experts))
+        return {ROUTER: (hidden, experts), DOWN_EXPERTS: (ffn, hidden, experts), **wide}
+    wide_rows = 2 * ffn if shape.family.fused else ffn
+    names = gate_up_tensors(shape.family)
+    return {"ffn_down.weight": (ffn, hidden), **dict.fromkeys(names, (hidden, wide_rows))}
+
+
+def matrices(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """All of a layer, by their names after `blk.N.`, with their shapes in GGUF order: columns
+    first."""
+    hidden, queries, keys = shape.hidden, shape.q_features, shape.kv_features
+    rows = (queries + 2 * keys,) if shape.family.fused else (queries, keys, keys)
+    names = qkv_tensors(shape.family)
+    return {
+        **{name: (hidden, count) for name, count in zip(names, rows, strict=True)},
+        "attn_output.weight": (queries, hidden),
+        **_feed_forward(shape),
+    }
+
+
 def _biases(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Those of queries, keys and values, which a layer has all or none of."""
     keys = (shape.kv_features,)
@@ -42,17 +69,12 @@ def has_bias(file: GGUFFile, layer: int) -> bool:
 
 def _layer_tensors(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Names within a layer (after `blk.N.`) and shapes in GGUF order: columns first."""
-    hidden, ffn, family = shape.hidden, shape.ffn, shape.family
-    queries, keys = shape.q_features, shape.kv_features
-    rows = (queries + 2 * keys, 2 * ffn) if family.fused else (queries, keys, keys, ffn, ffn)
+    hidden, family = shape.hidden, shape.family
     tensors: dict[str, tuple[int, ...]] = {
         "attn_norm.weight": (hidden,),
-        "attn_output.weight": (queries, hidden),
         "ffn_norm.weight": (hidden,),
-        "ffn_down.weight": (ffn, hidden),
+        **matrices(shape),
     }
-    names = *qkv_tensors(family), *gate_up_tensors(family)
-    tensors |= {name: (hidden, count) for name, count in zip(names, rows, strict=True)}
     if family.head_norms:
         tensors["attn_q_norm.weight"] = tensors["attn_k_norm.weight"] = (shape.head_dim,)
     if family.post_norms:
@@ -90,6 +112,12 @@ def check_tensors(file: GGUFFile, shape: ModelShape) -> None:
     a format that is not computed or a tensor that would go unused: an answer without it would be
     wrong.
     """
+    split = "blk.0.ffn_gate.0.weight"
+    if shape.experts and split in file.tensors:
+        raise UnsupportedModelError(
+            f"{file.paths[0]}: each expert has tensors of its own ({split}), as older files have "
+            "them; convert the original model again"
+        )
     known = set()
     for name, dims, required in _expected(shape, file.tensors):
         known.add(name)

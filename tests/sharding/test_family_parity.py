@@ -17,12 +17,16 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from sharding.gguf.reader import GGUFFile
@@ -45,6 +49,7 @@ NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.gate_up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }
@@ -62,6 +67,17 @@ def pairs_adjacent(weight: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, 
     return halves.swapaxes(1, 2).reshape(rows, cols)
 
 
+def expert_tensors(layer: str, kind: str, weight: np.ndarray[Any, Any]) -> dict[str, Any]:
+    """Experts' gates and what they let through, stacked by transformers, as two tensors."""
+    parts = {"ffn_down": weight}
+    if kind == "gate_up_proj":
+        parts = dict(zip(("ffn_gate", "ffn_up"), np.split(weight, 2, axis=1), strict=True))
+    return {
+        f"blk.{layer}.{name}_exps.weight": (np.ascontiguousarray(part), part.shape[::-1], "F32")
+        for name, part in parts.items()
+    }
+
+
 def to_gguf(
     model: torch.nn.Module, family: str, keys: dict[str, Any], more: dict[str, Any]
 ) -> GGUFFile:
@@ -74,6 +90,9 @@ def to_gguf(
         if family.startswith("gemma") and "norm" in name:
             weight = weight + 1  # theirs are kept as what they differ from 1 by
         match where:
+            case ["layers", layer, "mlp", "experts"]:
+                tensors |= expert_tensors(layer, kind, weight)
+                continue
             case ["layers", layer, *part]:
                 names = NAMES | (GEMMA3_NAMES if family == "gemma3" else {})
                 own = names[".".join(part)]
@@ -169,6 +188,58 @@ def test_qwen3_equals_that_of_transformers(kernels: str) -> None:
     config = Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=32)
     sizes = {"attention.key_length": 32, "attention.value_length": 32}
     check_logits(Qwen3ForCausalLM(config), "qwen3", kernels, sizes)
+
+
+def choices(model: torch.nn.Module, used: int) -> list[float]:
+    """Collects, while a model runs, how far apart the logits of the last expert that a token takes
+    and of the first that it does not take are, relative to the largest."""
+    gaps: list[float] = []
+
+    def look(module: torch.nn.Module, args: tuple[torch.Tensor, ...], output: object) -> None:
+        router = module.get_parameter("weight")
+        logits_TE = torch.nn.functional.linear(args[0].reshape(-1, router.shape[1]), router)
+        ranked_TE = logits_TE.sort(dim=-1, descending=True).values
+        apart_T = ranked_TE[:, used - 1] - ranked_TE[:, used]
+        gaps.append((apart_T / logits_TE.abs().amax(-1)).min().item())
+
+    for name, module in model.named_modules():
+        if name.endswith("mlp.gate"):
+            module.register_forward_hook(look)
+    return gaps
+
+
+@on_both_sets
+def test_qwen3moe_equals_that_of_transformers(kernels: str) -> None:
+    torch.manual_seed(23)
+    experts = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48}
+    config = Qwen3MoeConfig(
+        **SIZES, num_key_value_heads=2, head_dim=32, norm_topk_prob=True, **experts
+    )
+    model = Qwen3MoeForCausalLM(config)
+    keys = {
+        "attention.key_length": 32,
+        "attention.value_length": 32,
+        "expert_count": 8,
+        "expert_used_count": 3,
+        "expert_feed_forward_length": 48,
+    }
+    gaps = choices(model, used=3)
+    check_logits(model, "qwen3moe", kernels, keys)
+    assert min(gaps) > TOLERANCE, "a choice that rounding could turn: take another seed"
+
+
+@on_both_sets
+def test_mixtral_equals_that_of_transformers(kernels: str) -> None:
+    """In GGUF it is a llama."""
+    torch.manual_seed(58)
+    config = MixtralConfig(
+        **SIZES, num_key_value_heads=2, num_local_experts=6, num_experts_per_tok=2
+    )
+    model = MixtralForCausalLM(config)
+    gaps = choices(model, used=2)
+    keys = {"rope.freq_base": 1e6, "expert_count": 6, "expert_used_count": 2}
+    check_logits(model, "llama", kernels, keys)
+    assert min(gaps) > TOLERANCE, "a choice that rounding could turn: take another seed"
 
 
 @on_both_sets

@@ -36,6 +36,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {f"rope.scaling.{key}": value for key, value in YARN.items()}),
     ("qwen2", {}),
     ("qwen3", {}),
+    ("qwen3moe", {}),
+    ("llama", {"expert_count": 8, "expert_used_count": 3}),
     ("qwen3", {f"rope.scaling.{key}": value for key, value in YARN.items()}),
     ("phi3", {"rope.dimension_count": 8}),
     ("phi3", LONGROPE),
@@ -55,9 +57,11 @@ def test_log_probabilities_are_those_of_llama_cpp(
     # llama.cpp reads no other there.
     head_dim = None if family in ("qwen2", "phi3") else 32
     path = tmp_path / "tiny.gguf"
+    mixes = family == "qwen3moe" or "expert_count" in keys
     path.write_bytes(
         tiny_model(
             family=family,
+            experts=8 if mixes else 0,
             layers=8,
             quant="F32",
             head_dim=head_dim,

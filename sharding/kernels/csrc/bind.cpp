@@ -90,6 +90,12 @@ void check_order(const Ops& ops, const Weight& weight) {
         throw std::invalid_argument("a weight that was packed for another instruction set");
 }
 
+void check_orders(const Ops& ops, const FeedForward& feed) {
+    if (feed.router) check_order(ops, *feed.router);
+    for (const auto* weights : {&feed.gate_up, &feed.down})
+        for (const Weight* weight : *weights) check_order(ops, *weight);
+}
+
 void check_rotation(int rotation, const Batch& batch) {
     if (rotation < 0 || rotation >= batch.rotations())
         throw std::invalid_argument("no rotation " + std::to_string(rotation));
@@ -158,6 +164,21 @@ void bind_kernels(nb::class_<Kernels> kernels) {
         [](const Kernels& self, Address x, int tokens, int width, Activation activation,
            Address y) { self.ops.gated(at<float>(x), tokens, width, activation, at<float>(y)); },
         Release());
+    kernels.def(
+        "mix_experts",
+        [](const Kernels& self, Address x, int tokens, const FeedForward& feed,
+           Activation activation, Address residual, Address y) {
+            check_orders(self.ops, feed);
+            mix_experts(self.ops, feed, activation, at<float>(x), tokens, at<float>(residual),
+                        at<float>(y));
+        },
+        Release());
+    kernels.def("choose_experts", [](const Kernels&, Address logits, int tokens, int experts,
+                                     int used, Address ids, Address weights) {
+        for (int t = 0; t < tokens; ++t)
+            choose_experts(at<float>(logits) + static_cast<size_t>(t) * experts, experts, used,
+                           at<int>(ids) + t * used, at<float>(weights) + t * used);
+    });
     kernels.def(
         "rotate_and_store",
         [](const Kernels& self, Address qkv, const Heads& heads, int rotation, const Batch& batch,
@@ -233,14 +254,13 @@ void check_rotations(const std::vector<Layer>& layers, const Batch& batch) {
 void bind_layers(nb::class_<Layers> layers) {
     layers.def(nb::init<const Kernels&>());
     layers.def("append", [](Layers& self, std::vector<Address> norms, float eps, const Weight& qkv,
-                            const Weight& output, const Weight& gate_up, const Weight& down,
-                            const Pages& pages, int window, const Heads& heads, int rotation,
-                            Activation activation) {
-        for (const Weight* weight : {&qkv, &output, &gate_up, &down})
-            check_order(self.ops, *weight);
+                            const Weight& output, const FeedForward& feed, const Pages& pages,
+                            int window, const Heads& heads, int rotation, Activation activation) {
+        for (const Weight* weight : {&qkv, &output}) check_order(self.ops, *weight);
+        check_orders(self.ops, feed);
         const auto norm = [&](size_t i) { return Norm{at<float>(norms.at(i)), eps}; };
-        self.all.push_back({norm(0), norm(1), &qkv, &output, &gate_up, &down, pages, window,
-                            norm(2), norm(3), heads, rotation, activation});
+        self.all.push_back({norm(0), norm(1), &qkv, &output, feed, pages, window, norm(2),
+                            norm(3), heads, rotation, activation});
     });
     layers.def(
         "run",
@@ -320,6 +340,14 @@ NB_MODULE(_cpu, m) {
             new (self)
                 Heads{at<float>(bias), {at<float>(q_norm), eps}, {at<float>(k_norm), eps}};
         });
+    nb::class_<FeedForward>(m, "FeedForward")
+        .def(
+            "__init__",
+            [](FeedForward* self, const Weight* router, const std::vector<const Weight*>& gate_up,
+               const std::vector<const Weight*>& down, int used) {
+                new (self) FeedForward{router, gate_up, down, used};
+            },
+            nb::arg("router").none(), nb::arg("gate_up"), nb::arg("down"), nb::arg("used"));
     nb::enum_<Activation>(m, "Activation")
         .value("silu", Activation::Silu)
         .value("gelu", Activation::Gelu);

@@ -16,8 +16,10 @@ struct Between {
     Between(const Layer& layer, size_t tokens) {
         static thread_local Scratch<float> scratch;
         const size_t hidden = tokens * layer.qkv->cols(), queries = tokens * layer.output->cols();
-        const size_t ffn = tokens * layer.down->cols();
-        const size_t most = std::max({tokens * layer.qkv->rows(), tokens * layer.gate_up->rows()});
+        const bool one = layer.feed.router == nullptr;  // experts have their own between
+        const size_t ffn = one ? tokens * layer.feed.down[0]->cols() : 0;
+        const size_t both = one ? tokens * layer.feed.gate_up[0]->rows() : 0;
+        const size_t most = std::max(tokens * layer.qkv->rows(), both);
         normed = scratch.at_least(hidden + most + std::max(2 * queries, ffn));
         wide = normed + hidden;
         q = wide + most;
@@ -78,14 +80,19 @@ void run_layer(const Ops& ops, const Layer& layer, const Weight* next, const flo
                   at.mixed);
     add_onto(ops, layer.attention_post_norm, x, tokens, hidden, at.normed, y,
              [&](const float* residual, float* out) {
-                 matmul(ops, at.mixed, tokens, *layer.output, layer.gate_up, residual, out);
+                 matmul(ops, at.mixed, tokens, *layer.output, layer.feed.first(), residual, out);
              });
     ops.rms_norm(y, tokens, hidden, layer.ffn_norm, nullptr, at.normed);
-    matmul(ops, at.normed, tokens, *layer.gate_up, layer.down, nullptr, at.wide);
+    const FeedForward& feed = layer.feed;
+    if (!feed.router)
+        matmul(ops, at.normed, tokens, *feed.gate_up[0], feed.down[0], nullptr, at.wide);
     add_onto(ops, layer.ffn_post_norm, y, tokens, hidden, at.normed, y,
              [&](const float* residual, float* out) {
-                 gated_matmul(ops, at.wide, tokens, layer.activation, *layer.down, next, residual,
-                              at.q, out);
+                 if (feed.router)
+                     mix_experts(ops, feed, layer.activation, at.normed, tokens, residual, out);
+                 else
+                     gated_matmul(ops, at.wide, tokens, layer.activation, *feed.down[0], next,
+                                  residual, at.q, out);
              });
 }
 

@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "batch.h"
-#include "ops.h"
+#include "experts.h"
 
 namespace longspan {
 
@@ -13,7 +13,8 @@ namespace longspan {
 // may be absent; heads turn by that rotation of a batch.
 struct Layer {
     Norm attention_norm, ffn_norm;
-    const Weight *qkv, *output, *gate_up, *down;
+    const Weight *qkv, *output;
+    FeedForward feed;
     Pages pages;
     int window;
     Norm attention_post_norm, ffn_post_norm;
@@ -24,7 +25,8 @@ struct Layer {
 
 // y [T, I] = x through all layers; y may be x.
 //     x += attention(norm(x) @ qkv^T) @ output^T
-//     x += (activation(gate) * up) @ down^T  with gate, up = norm(x) @ gate_up^T
+//     x += (activation(gate) * up) @ down^T  with gate, up = norm(x) @ gate_up^T, or a mixture of
+//          such
 // What is added is normed first where there is a post norm.
 // `wanted`, if not null: rows of y that are wanted, ascending. They become its first rows, and the
 // last layer computes of the others keys and values alone.

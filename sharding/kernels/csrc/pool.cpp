@@ -88,11 +88,13 @@ void Pool::drain(int thread) {
             const int i = range.next.fetch_add(1, std::memory_order_relaxed);
             if (i >= range.stop) break;
             try {
+                inside_ = true;
                 call_(task_, i);
             } catch (...) {
                 const std::lock_guard<std::mutex> hold(failing_);
                 if (!failed_) failed_ = std::current_exception();
             }
+            inside_ = false;
         }
     }
 }

@@ -16,7 +16,7 @@ namespace longspan {
 // done. The caller never waits for a worker that has not begun: where cores are short it simply
 // does all the work itself. Idle workers look for work for a few dozen microseconds, the gap
 // between two calls of a step, then sleep; several processes on the same cores do not starve one
-// another. While a `Run` lives they look longer.
+// another. While a `Run` lives they look longer. Within a task the pool is that task's thread alone.
 class Pool {
   public:
     // Throws std::runtime_error if the system does not start so many.
@@ -25,23 +25,23 @@ class Pool {
     Pool(const Pool&) = delete;
     Pool& operator=(const Pool&) = delete;
 
-    int threads() const { return threads_; }
+    int threads() const { return inside_ ? 1 : threads_; }
     // Worker t keeps to core cores[t] from now on; cores[0] is the caller's.
     void keep_to(const std::vector<int>& cores);
     // Of n tasks a thread begins with [first(n, thread), first(n, thread + 1)).
     int first(int n, int thread) const {
-        return static_cast<int>(static_cast<int64_t>(thread) * n / threads_);
+        return static_cast<int>(static_cast<int64_t>(thread) * n / threads());
     }
     // The thread that begins with task i of n.
     int owner(int n, int i) const {
-        return static_cast<int>((static_cast<int64_t>(i + 1) * threads_ - 1) / n);
+        return static_cast<int>((static_cast<int64_t>(i + 1) * threads() - 1) / n);
     }
 
     // Calls task(i) for all i in [0, n), on any thread, in any order. Rethrows what a task threw.
     // From two callers at once, the second computes on its own thread.
     template <class Task>
     void run(int n, const Task& task) {
-        if (n <= 1 || threads_ == 1 || !busy_.try_lock()) {
+        if (n <= 1 || threads() == 1 || !busy_.try_lock()) {
             for (int i = 0; i < n; ++i) task(i);
             return;
         }
@@ -74,6 +74,8 @@ class Pool {
     void share(int n);
     void work(int thread);
     void drain(int thread);
+
+    inline static thread_local bool inside_ = false;  // a task
 
     const int threads_;
     std::mutex busy_;

@@ -12,7 +12,7 @@ import torch
 from sharding.batch import Segment
 from sharding.gguf.reader import GGUFFile
 from sharding.kernels import Layers, Weight, _cpu
-from sharding.kernels.block_weights import BlockWeights
+from sharding.kernels.block_weights import BlockWeights, DenseWeights
 from sharding.kernels.composed import ComposedLayers
 from sharding.kernels.cpu import CPUKernels, use_threads
 from sharding.model.kv_cache import LayerPages
@@ -202,8 +202,9 @@ def three_blocks(kernels: CPUKernels, family: str) -> list[BlockWeights]:
             qkv=weight("Q5_K", 512, 256, seed),
             attn_output=weight("Q4_0", 256, 256, seed),
             ffn_norm_I=normal(256, seed=seed + 10),
-            gate_up=weight("Q6_K", 2 * width, 256, seed),
-            ffn_down=weight(name, 256, width, seed),
+            feed_forward=DenseWeights(
+                weight("Q6_K", 2 * width, 256, seed), weight(name, 256, width, seed)
+            ),
             eps=1e-5,
             window=7 * seed,
             **FAMILIES[family],
