@@ -93,10 +93,6 @@ class Kernels:
         residual: int,
         y: int,
     ) -> None: ...
-    def choose_experts(
-        self, logits: int, tokens: int, experts: int, used: int, ids: int, weights: int
-    ) -> None:
-        """`ids` are int32."""
     def rotate_and_store(
         self, qkv: int, heads: Heads, rotation: int, batch: Batch, pages: Pages, q: int
     ) -> None: ...

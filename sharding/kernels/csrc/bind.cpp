@@ -173,12 +173,6 @@ void bind_kernels(nb::class_<Kernels> kernels) {
                         at<float>(y));
         },
         Release());
-    kernels.def("choose_experts", [](const Kernels&, Address logits, int tokens, int experts,
-                                     int used, Address ids, Address weights) {
-        for (int t = 0; t < tokens; ++t)
-            choose_experts(at<float>(logits) + static_cast<size_t>(t) * experts, experts, used,
-                           at<int>(ids) + t * used, at<float>(weights) + t * used);
-    });
     kernels.def(
         "rotate_and_store",
         [](const Kernels& self, Address qkv, const Heads& heads, int rotation, const Batch& batch,

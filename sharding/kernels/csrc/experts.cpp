@@ -15,6 +15,31 @@ namespace {
 // A task's share of rows that are only copied or added up, in elements.
 constexpr int SLICE_ELEMENTS = 1 << 14;
 
+// Chooses `used` of n experts, `ids` ascending, and their weights.
+void choose(const float* logits, int n, int used, int* ids, float* weights) {
+    bool finite = true;
+    int count = 0;
+    for (int e = 0; e < n; ++e) {
+        finite = finite && std::isfinite(logits[e]);
+        // Only a larger one comes before another: of equals the first are chosen.
+        if (count == used && !(logits[e] > logits[ids[used - 1]])) continue;
+        int at = count < used ? count++ : used - 1;
+        for (; at > 0 && logits[e] > logits[ids[at - 1]]; --at) ids[at] = ids[at - 1];
+        ids[at] = e;
+    }
+    if (!finite) {
+        std::iota(ids, ids + used, 0);
+        std::fill(weights, weights + used, std::numeric_limits<float>::quiet_NaN());
+        return;
+    }
+    static thread_local Scratch<double> scratch;
+    double *powers = scratch.at_least(static_cast<size_t>(used)), total = 0;
+    const double most = logits[ids[0]];
+    std::sort(ids, ids + used);
+    for (int i = 0; i < used; ++i) total += powers[i] = std::exp(logits[ids[i]] - most);
+    for (int i = 0; i < used; ++i) weights[i] = static_cast<float>(powers[i] / total);
+}
+
 // Which expert takes which tokens. Rows of a token for each of its experts are grouped by expert:
 // those of expert e are [first[e], first[e + 1]). One for each calling thread.
 struct Routes {
@@ -37,8 +62,8 @@ struct Routes {
         const int slice = std::max(1, SLICE_ELEMENTS / (4 * experts));
         pool().run((tokens + slice - 1) / slice, [&](int task) {
             for (int t = task * slice; t < std::min(tokens, (task + 1) * slice); ++t)
-                choose_experts(logits + static_cast<size_t>(t) * experts, experts, used,
-                               ids + t * used, weights + t * used);
+                choose(logits + static_cast<size_t>(t) * experts, experts, used, ids + t * used,
+                       weights + t * used);
         });
         group(tokens, experts, used);
     }
@@ -91,30 +116,6 @@ void mix(const Routes& routes, int begin, int end, int used, size_t hidden, cons
 }
 
 }  // namespace
-
-void choose_experts(const float* logits, int n, int used, int* ids, float* weights) {
-    bool finite = true;
-    int count = 0;
-    for (int e = 0; e < n; ++e) {
-        finite = finite && std::isfinite(logits[e]);
-        // Only a larger one comes before another: of equals the first are chosen.
-        if (count == used && !(logits[e] > logits[ids[used - 1]])) continue;
-        int at = count < used ? count++ : used - 1;
-        for (; at > 0 && logits[e] > logits[ids[at - 1]]; --at) ids[at] = ids[at - 1];
-        ids[at] = e;
-    }
-    if (!finite) {
-        std::iota(ids, ids + used, 0);
-        std::fill(weights, weights + used, std::numeric_limits<float>::quiet_NaN());
-        return;
-    }
-    static thread_local Scratch<double> scratch;
-    double *powers = scratch.at_least(static_cast<size_t>(used)), total = 0;
-    const double most = logits[ids[0]];
-    std::sort(ids, ids + used);
-    for (int i = 0; i < used; ++i) total += powers[i] = std::exp(logits[ids[i]] - most);
-    for (int i = 0; i < used; ++i) weights[i] = static_cast<float>(powers[i] / total);
-}
 
 void mix_experts(const Ops& ops, const FeedForward& feed, Activation activation, const float* x,
                  int tokens, const float* residual, float* y) {

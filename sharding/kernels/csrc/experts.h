@@ -19,13 +19,11 @@ struct FeedForward {
     const Weight* first() const { return router ? router : gate_up[0]; }
 };
 
-// Chooses `used` of n experts by their logits, the first of equals: `ids` ascending, and their
-// shares `weights`, the softmax over the chosen. If a logit is not finite, all shares are NaN.
-void choose_experts(const float* logits, int n, int used, int* ids, float* weights);
-
-// y[T, I] = residual + sum of a token's experts, in ascending order, of
+// y[T, I] = residual + sum over a token's experts, in ascending order, of
 //     weight * (activation(gate) * up) @ down^T  with gate, up = x @ gate_up^T
-// `residual` may be null; y may be that, or x.
+// They are those with the largest of x @ router^T, the first of equals, and their weights the
+// softmax over them: NaN if any of the token's logits is not finite. `residual` may be null; y may
+// be that, or x.
 void mix_experts(const Ops& ops, const FeedForward& feed, Activation activation, const float* x,
                  int tokens, const float* residual, float* y);
 

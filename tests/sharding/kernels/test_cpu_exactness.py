@@ -12,7 +12,7 @@ import torch
 from sharding.batch import Segment
 from sharding.gguf.reader import GGUFFile
 from sharding.kernels import Layers, Weight, _cpu
-from sharding.kernels.block_weights import BlockWeights, DenseWeights
+from sharding.kernels.block_weights import BlockWeights, DenseWeights, ExpertWeights
 from sharding.kernels.composed import ComposedLayers
 from sharding.kernels.cpu import CPUKernels, use_threads
 from sharding.model.kv_cache import LayerPages
@@ -177,8 +177,11 @@ results become digits and are never written as numbers."""
 
 HEADS = Heads(4, 2, 64, 64)
 
-FAMILIES: dict[str, dict[str, Any]] = {
+EXPERTS = 5
+
+OWN: dict[str, dict[str, Any]] = {
     "plain": {},
+    "experts": {},
     "bias": {"heads": own_weights(HEADS, bias=True, norms=False)},
     "norms": {
         "heads": own_weights(HEADS, bias=False, norms=True),
@@ -187,7 +190,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "ffn_post_norm_I": normal(256, seed=22),
     },
 }
-"""What blocks of some families have beside."""
+"""What blocks of some families have beside; "experts" have others in a pair of matrices' place."""
 
 
 def three_blocks(kernels: CPUKernels, family: str) -> list[BlockWeights]:
@@ -196,25 +199,33 @@ def three_blocks(kernels: CPUKernels, family: str) -> list[BlockWeights]:
     def weight(name: str, rows: int, cols: int, seed: int) -> Weight:
         return kernels.pack(file_of(w=(name, random_raw(name, rows, cols, seed))), ["w"])
 
+    def feed_forward(name: str, width: int, seed: int) -> DenseWeights | ExpertWeights:
+        pairs = [
+            (weight("Q6_K", 2 * width, 256, seed + 9 * e), weight(name, 256, width, seed + 9 * e))
+            for e in range(EXPERTS if family == "experts" else 1)
+        ]
+        if family != "experts":
+            return DenseWeights(*pairs[0])
+        gate_up, down = zip(*pairs, strict=True)
+        return ExpertWeights(weight("F32", EXPERTS, 256, seed), gate_up, down, used=2)
+
     return [
         BlockWeights(
             attn_norm_I=normal(256, seed=seed),
             qkv=weight("Q5_K", 512, 256, seed),
             attn_output=weight("Q4_0", 256, 256, seed),
             ffn_norm_I=normal(256, seed=seed + 10),
-            feed_forward=DenseWeights(
-                weight("Q6_K", 2 * width, 256, seed), weight(name, 256, width, seed)
-            ),
+            feed_forward=feed_forward(name, width, seed),
             eps=1e-5,
             window=7 * seed,
-            **FAMILIES[family],
+            **OWN[family],
         )
         for seed, (name, width) in enumerate(DOWN)
     ]
 
 
 @on_every_instruction_set
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", OWN)
 @pytest.mark.parametrize("tokens", [1, 2, 5, 13, 31, 70])
 def test_blocks_in_one_call_are_their_kernels_one_by_one(
     isa: str, tokens: int, family: str
@@ -291,6 +302,36 @@ def test_logits_of_every_family_are_the_same_for_any_stages_and_chunks(family: s
     for stages, chunk in ((2, 512), (5, 7), (1, 1)):
         found = chunked_logits(load_stages(file, stages), tokens, chunk)
         assert torch.equal(found, expected), (stages, chunk)
+
+
+def mixture(family: str, name: str) -> GGUFFile:
+    """A model of five layers of eight experts, of which a token takes three."""
+    size = 256 if name.endswith("_K") else 64
+    sizes = {"hidden": size, "ffn": size, "experts": 8, "experts_used": 3}
+    return GGUFFile.from_bytes(tiny_model(family=family, layers=5, quant=name, **sizes))
+
+
+@pytest.mark.parametrize("family", ["qwen3moe", "llama"])
+@pytest.mark.parametrize("name", ["F16", "Q4_1", "Q6_K"])
+def test_logits_of_mixtures_are_the_same_for_any_stages_chunks_and_batches(
+    family: str, name: str
+) -> None:
+    """Any threads, too: where a token's experts lie depends on who else is there."""
+    file, tokens = mixture(family, name), tokens_for(300, seed=2)
+    expected = chunked_logits(load_stages(file, 1, context=512), tokens, 512)
+    assert expected.isfinite().all()
+    for threads, stages, chunk in ((1, 2, 512), (2, 5, 7), (3, 1, 64), (2, 2, 1)):
+        use_threads(threads)
+        found = chunked_logits(load_stages(file, stages, context=512), tokens, chunk)
+        assert torch.equal(found, expected), (threads, stages, chunk)
+    prompts = [tokens[: 3 + 5 * number] for number in range(8)]
+    stages_of_all = load_stages(file, 2)
+    for number, prompt in enumerate(prompts):
+        open_request(stages_of_all, number, [number + 8 * page for page in range(3)])
+        logits(stages_of_all, [Segment(number, 0, prompt[:-1])])
+    last = [Segment(number, len(p) - 1, p[-1:]) for number, p in enumerate(prompts)]
+    ends = [len(prompt) - 1 for prompt in prompts]
+    assert torch.equal(logits(stages_of_all, last), expected[ends])
 
 
 @pytest.mark.parametrize("name", ["F16", "Q4_1", "Q6_K"])
