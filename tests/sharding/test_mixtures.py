@@ -1,5 +1,5 @@
 """Models whose feed-forwards are mixtures of experts: what a file must hold, what is refused, what
-they cost. Not here: their arithmetic (`kernels/test_experts.py`, `test_family_parity.py`)."""
+they cost. Not here: their arithmetic (`kernels/test_cpu_experts.py`, `test_family_parity.py`)."""
 
 from __future__ import annotations
 
