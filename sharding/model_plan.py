@@ -20,8 +20,8 @@ from sharding.cost import (
 )
 from sharding.errors import ConfigError, UnsupportedModelError
 from sharding.gguf.reader import GGUFFile, TensorInfo
-from sharding.kernels import NO_MIXTURES, cpu_kernels
-from sharding.kernels.planes import planes_resident
+from sharding.kernels import cpu_kernels
+from sharding.kernels.planes import NO_MIXTURES, planes_resident
 from sharding.model.arch import read_shape
 from sharding.model.rotation import Stretch
 from sharding.model.tensors import check_tensors

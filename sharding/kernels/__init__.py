@@ -28,13 +28,6 @@ log = logging.getLogger("longspan.kernels")
 
 KERNEL_SETS = ("cpu", "reference", "triton")
 
-NO_MIXTURES = (
-    "mixtures of experts are computed by the kernels for CPUs alone, not by those for GPUs: use "
-    "--kernels cpu"
-)
-"""What the set "triton" says of one, also where "auto" chose that set: its user may have counted on
-the GPU."""
-
 # Shares of free memory that stages may plan with. The rest is for Ray, Serve and the system; on a
 # GPU for what its driver takes for each kernel and library that is loaded.
 _HOST_SHARE = 0.8

@@ -20,7 +20,8 @@ Where there is an offset, the highest bit of q is stored inverted: q - offset in
 For IQ4, q is looked up in a table of 16; K formats subtract minima, so m is stored negated. Float
 formats have one plane, the numbers themselves.
 
-Neither torch nor Triton here: the planner counts with this table. Splitting is `triton_weights.py`.
+Neither torch nor Triton here: a plan counts with this table, and says what those kernels refuse.
+Splitting is `triton_weights.py`.
 """
 
 from __future__ import annotations
@@ -95,6 +96,13 @@ class Planes:
         scales = cols // self.group * (self.scaled + (self.scaled and self.minimum))
         return integers + rows * (scales + cols // self.unit * 2 * (1 + self.minimum))
 
+
+NO_MIXTURES = (
+    "mixtures of experts are computed by the kernels for CPUs alone, not by those for GPUs: use "
+    "--kernels cpu"
+)
+"""What the set "triton" says of one, also where "auto" chose that set: its user may have counted on
+the GPU."""
 
 PLANES: dict[str, Planes] = {
     "F32": Planes(32, kind="f32"),

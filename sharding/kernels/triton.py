@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from sharding.errors import COMPUTING_FAILED, ConfigError, StageError, UnsupportedModelError
-from sharding.kernels import NO_MIXTURES
 from sharding.kernels.block_weights import PLAIN_HEADS
 from sharding.kernels.composed import ComposedHead
-from sharding.kernels.planes import PLANES
+from sharding.kernels.planes import NO_MIXTURES, PLANES
 
 try:
     import triton
