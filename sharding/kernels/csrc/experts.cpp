@@ -43,11 +43,11 @@ void choose(const float* logits, int n, int used, int* ids, float* weights) {
 // Which expert takes which tokens. Rows of a token for each of its experts are grouped by expert:
 // those of expert e are [first[e], first[e + 1]). One for each calling thread.
 struct Routes {
-    int *ids, *rows;   // [T, used]: a token's experts, and the row of each
-    int *token;        // [T * used]: a row's token
-    int *first;        // [E + 1]
-    int *alone;        // [E]: experts that are one thread's each
-    float* weights;    // [T, used]
+    int *ids, *rows;  // [T, used]: a token's experts, and the row of each
+    int* token;       // [T * used]: a row's token
+    int* first;       // [E + 1]
+    int* alone;       // [E]: experts that are one thread's each
+    float* weights;   // [T, used]
 
     Routes(const float* logits, int tokens, int experts, int used) {
         static thread_local Scratch<int> scratch;
