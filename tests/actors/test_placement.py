@@ -17,6 +17,7 @@ from sharding.errors import (
     PipelineError,
     StageError,
     UnavailableError,
+    UnsupportedModelError,
 )
 from sharding.gguf.reader import GGUFFile
 from sharding.kernels import DeviceFacts, cpu_kernels
@@ -101,6 +102,20 @@ def test_auto_waits_for_a_gpu_that_is_busy(monkeypatch: pytest.MonkeyPatch) -> N
     stages = ForgedStages("auto", StageError("the GPU fails: busy"), monkeypatch)
     with pytest.raises(PipelineError, match="busy"):
         stages.place()
+
+
+def test_auto_does_not_take_a_mixture_of_experts_from_a_gpu_to_cpus(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whoever has a GPU counts on it: the engine ends with what there is to do instead."""
+    path = tmp_path / "mixture.gguf"
+    path.write_bytes(tiny_model(experts=4))
+    stages = ForgedStages("auto", ConfigError("not asked"), monkeypatch)
+    stages._config = PlacementConfig(path, 1, Wanted(64, 64, "auto"))
+    stages._facts = [NodeFacts("a", "host a", DeviceFacts("card", "GPU-1", 1 << 40))]
+    monkeypatch.setattr(stages, "_start_all", lambda *asked: None)
+    with pytest.raises(UnsupportedModelError, match="use --kernels cpu"):
+        stages.open(lambda share, detail: None)
 
 
 def test_what_stops_a_replacement_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:

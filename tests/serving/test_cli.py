@@ -11,6 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from serving.generate import LocalModel
+from sharding.errors import UnsupportedModelError
+from sharding.kernels import DeviceFacts
+from sharding.model_plan import Wanted
 from tests.tiny_gguf import tiny_model
 
 PLAN_KEYS = {
@@ -60,6 +64,19 @@ def test_a_plan_that_does_not_fit_says_what_would(model: Path) -> None:
     assert f"the largest that fits is {plan['max_context']}" in done.stderr
     again = longspan("plan", model, "--context", plan["max_context"], "--device", "1GiB")
     assert again.returncode == 0
+
+
+def test_a_mixture_of_experts_that_auto_would_compute_on_a_gpu_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the CPU it would be many times slower than whoever has a GPU expects."""
+    path = tmp_path / "mixture.gguf"
+    path.write_bytes(tiny_model(experts=4))
+    monkeypatch.setattr("serving.generate.best_kernels", lambda: "triton")
+    card = DeviceFacts("card", "GPU-1", 1 << 40)
+    monkeypatch.setattr("serving.generate.device_facts", lambda kernels: card)
+    with pytest.raises(UnsupportedModelError, match="use --kernels cpu"):
+        LocalModel(path, 1, Wanted(), threads=1)
 
 
 def test_a_plan_for_gpus_reserves_what_their_chunks_need(model: Path) -> None:
