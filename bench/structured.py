@@ -11,7 +11,8 @@ Seconds of a chat's whole answer over HTTP, greedy, the median of `rounds` after
     four at once      the JSON four times, until the last is complete
 
 This engine runs as `longspan serve` over two Ray stages, llama.cpp with four slots; `tokens` are
-those of the answer as each server counts them. `ratio` is the peer's seconds over ours.
+those of the answer as each server counts them. `ratio` is the peer's seconds over ours; none where
+it does not call the tool, as llama.cpp's does not for models whose template knows none.
 """
 
 from __future__ import annotations
@@ -82,6 +83,10 @@ _TESTS: dict[str, dict[str, Any]] = {
 _QUESTION = "Describe a small black cat that lives in a house, and enter it into the register."
 
 
+class NoCallError(RuntimeError):
+    """An answer that must call a tool does not."""
+
+
 def _ask(address: str, fields: dict[str, Any]) -> tuple[float, int, dict[str, Any]]:
     """Seconds, tokens of the answer, and the message."""
     body = {"messages": [{"role": "user", "content": _QUESTION}], "temperature": 0}
@@ -104,6 +109,8 @@ def _check(test: str, message: dict[str, Any]) -> None:
     if test == "free text":
         return
     called = test == "call of a tool"
+    if called and not message.get("tool_calls"):
+        raise NoCallError(f"{test}: {message['content']:.80}")
     text = message["tool_calls"][0]["function"]["arguments"] if called else message["content"]
     names = _ARGUMENTS if called else _FIELDS
     found = json.loads(text)
@@ -113,7 +120,13 @@ def _check(test: str, message: dict[str, Any]) -> None:
 
 def _measure(address: str, rounds: int) -> Iterator[tuple[str, float, int]]:
     for test, fields in _TESTS.items():
-        found = [_ask(address, fields) for _ in range(1 + rounds)][1:]
+        found = [_ask(address, fields)]
+        try:
+            _check(test, found[0][2])
+        except NoCallError as error:
+            typer.echo(f"{address}: {error}", err=True)
+            continue
+        found = [_ask(address, fields) for _ in range(rounds)]
         for _, _, message in found:
             _check(test, message)
         yield test, statistics.median(spent_s for spent_s, _, _ in found), found[0][1]
