@@ -15,6 +15,7 @@ import os
 import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
@@ -91,6 +92,7 @@ class EngineReplica:
         self._stages = RayStages(placement)
         grammars = Grammars(lambda: describe_model(config)[1])
         self._engine = Engine(self._stages, grammars)
+        self._reader = ThreadPoolExecutor(1, "longspan-reader")
         self._asking: asyncio.Task[EngineStats] | None = None
         self._engine.start()
         _in_background(grammars.prepare)
@@ -114,8 +116,8 @@ class EngineReplica:
                 loop.call_soon_threadsafe(_set, ended)
 
         constraint = None
-        if request.grammar:  # not here: others' events would wait
-            constraint = await asyncio.to_thread(self._engine.constrain, request)
+        if request.grammar:  # not here: others' events would wait, nor where the books are asked
+            constraint = await loop.run_in_executor(self._reader, self._engine.constrain, request)
         self._engine.submit(request, sink, constraint)
         try:
             await asyncio.wait((ended, feed.lost), return_when=asyncio.FIRST_COMPLETED)
