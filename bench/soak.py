@@ -209,7 +209,7 @@ class Client(threading.Thread):
 
 def _questions(port: int, chance: random.Random) -> list[Question]:
     """Greedy and drawn ones of every length, some of which must keep to a form, asked alone."""
-    asked = []
+    asked: list[Question] = []
     for length in _LENGTHS:
         for temperature in (0.0, 0.9):
             body: dict[str, Any] = {
@@ -221,7 +221,7 @@ def _questions(port: int, chance: random.Random) -> list[Question]:
                 "ignore_eos": True,
             }
             if len(asked) % 3 == 1:
-                body |= {"guided_regex": '([a-z]{2,9} )+|"fields": [{]("name": "[a-z]+", )+[}]'}
+                body["guided_regex"] = '([a-z]{2,9} )+|"fields": [{]("name": "[a-z]+", )+[}]'
             asked.append(Question(body, _ask(port, body, stream=True)))
     return asked
 
