@@ -29,6 +29,12 @@ _STACK_BYTES = 4 << 20
 _DYING_S = 1.0
 _PATIENCE_S = 20.0  # of a machine that has much else to do
 _KEPT = 256
+_REASONS = {
+    -signal.SIGKILL: "too long on a machine that has so much else to do; try again",
+    -signal.SIGSEGV: "a deeper stack than there is: rules refer to rules too often in a row",
+    -signal.SIGXCPU: f"more than {CPU_S} s",
+}
+"""What a reader's status says about a grammar."""
 
 
 class Vetting:
@@ -74,8 +80,10 @@ class Vetting:
         self._reader = self._reader or _start()
         told = _exchange(self._reader, grammar)
         if told is None:
-            told = f"to read it takes more than {CPU_S} s, {_MEMORY_MIB} MiB or a deep stack"
-            if self._end() == -signal.SIGKILL:  # somebody else's doing: not to be held against it
+            status = self._end()
+            what = _REASONS.get(status, f"more than {_MEMORY_MIB} MiB")
+            told = f"to read it takes {what}"
+            if status == -signal.SIGKILL:  # somebody else's doing: not to be held against it
                 return told
         self._known[grammar] = told
         if len(self._known) > _KEPT:

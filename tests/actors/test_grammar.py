@@ -185,6 +185,13 @@ def test_llama_cpps_notation() -> None:
     grammar = from_gbnf('root ::= "x" [0-9]{2} ws tail?\nws ::= " " | "\\n"\ntail ::= "!"')
     text = BPE.decode(wander(BPE, grammar, random.Random(1), 0))
     assert re.fullmatch(r"x\d\d[ \n]!?", text)
+    # llama.cpp's own grammar for arithmetic: a number takes spaces behind it, and a line ends with
+    # one of them.
+    lines = 'root ::= ([0-9]+ ws "=" ws num "\\n")+\nnum ::= [0-9]+ ws\nws ::= [ \\t\\n]*'
+    constraint = Grammars(lambda: BPE).compile(from_gbnf(lines))
+    for token in BPE.encode("1 = 1\n", add_special=False):
+        constraint.take(token, 0)
+    assert constraint.error is None and BPE.stop_ids[0] in allowed(constraint)
     for wrong in ("root ::= missing", 'start ::= "x"', "root ::= (", "("):
         with pytest.raises(ValueError, match=r"\w"):
             from_gbnf(wrong)
@@ -275,6 +282,10 @@ def test_an_answer_ends_by_itself_where_nothing_can_follow(engine: Engine) -> No
     events = list(engine.generate(request))
     assert BPE.decode(tokens_of(events)) == "the end"
     assert events[-1].finish_reason == STOP
+    for first in range(5, 15):
+        nothing = GenerateRequest("n", [first, 6], 40, SamplingParams(), grammar='start: ""')
+        (token,) = generate(engine, nothing)
+        assert token in BPE.stop_ids
     open_end = GenerateRequest("o", [5, 6], 400, SamplingParams(seed=1), grammar="start: /[0-9]*/")
     events = list(engine.generate(open_end))
     assert events[-1].finish_reason == STOP and tokens_of(events)[-1] in BPE.stop_ids
@@ -309,6 +320,7 @@ def test_a_grammar_that_fails_on_its_way_costs_its_request_only(
     ]
     failed, other = collect(engine, asked)
     assert failed[-1].error == "the answer's grammar failed: too complex"
+    assert failed[-1].suspect, "its client is not told to try again"
     assert len(tokens_of(other)) == 20 and other[-1].finish_reason == LENGTH
     assert engine.stats().pages_free == engine.stats().pages
 
