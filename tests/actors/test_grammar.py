@@ -150,6 +150,9 @@ def test_an_answer_goes_on_behind_what_another_engine_drew() -> None:
         whole.take(token, 0)
     assert grammars.compile(AS_PERSON, said[:9]).allowed == whole.allowed
     assert grammars.compile(AS_PERSON).allowed != whole.allowed, "the grammar itself stays as it is"
+    said = BPE.encode("all of it", add_special=False)
+    over = grammars.compile('start: "all of it"', said)
+    assert over.complete and set(allowed(over)) == {*BPE.stop_ids}, "no more than an end to draw"
 
 
 @pytest.mark.parametrize(
