@@ -176,7 +176,7 @@ def from_gbnf(grammar: str) -> str:
     """
     try:
         lark = gbnf_to_lark(grammar)
-    except Exception as error:
+    except Exception as error:  # of no narrower class: the library raises plain ones
         raise ValueError(brief(str(error))) from error
     return _PARTS.sub(lambda found: f"t_{found[1].lower()}" if found[1] else found[0], lark)
 
